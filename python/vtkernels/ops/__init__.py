@@ -1,0 +1,1 @@
+"""One module a family: the public function, its docstring, its fake (meta) kernel and its autograd."""
