@@ -108,22 +108,22 @@ static inline f32v load_partial(const T* p, int count) {
   return v;
 }
 
-// 2^x to 1 ulp; 0 below 2^-126 (denormal results are flushed), inf from 2^128 on, NaN stays NaN.
-static inline f32v exp2(f32v x) {
+// 2^x to 1 ulp for x <= 128; 0 below 2^-126 (denormal results are flushed), inf at 128, NaN stays NaN.
+static inline f32v exp2_bounded(f32v x) {
   const f32v round = splat(0x1.8p23f);  // adding it rounds x to an integer, which then sits in the low mantissa bits
-  f32v clamped = x > 128.0f ? splat(128.0f) : x;
-  f32v shifted = clamped + round;
-  f32v f = clamped - (shifted - round);  // in [-0.5, 0.5]
-  f32v p = splat(0x1.41fbbcp-13f);
-  p = p * f + 0x1.5f3e54p-10f;
-  p = p * f + 0x1.3b2d4cp-7f;
-  p = p * f + 0x1.c6aee8p-5f;
-  p = p * f + 0x1.ebfbdcp-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.0f;
+  f32v shifted = x + round;
+  f32v f = x - (shifted - round);  // in [-0.5, 0.5]
+  f32v f2 = f * f;                 // pairs of coefficients first: a shorter chain than Horner's
+  f32v high = f * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
+  f32v middle = f * 0x1.3b2d4cp-7f + 0x1.c6aee8p-5f;
+  f32v low = f * 0x1.ebfbdcp-3f + 0x1.62e430p-1f;
+  f32v p = ((high * f2 + middle) * f2 + low) * f + 1.0f;
   u32v power = (u32v)p + ((u32v)shifted << 23);  // 2^n enters through the exponent field
   return (f32v)(power & ~(u32v)(x < -126.0f));
 }
+
+// The same for every x.
+static inline f32v exp2(f32v x) { return exp2_bounded(x > 128.0f ? splat(128.0f) : x); }
 
 template <int... kLane>
 static inline f32v shuffle(f32v a, f32v b, std::integer_sequence<int, kLane...>) {
@@ -134,8 +134,7 @@ static inline f32v shuffle(f32v a, f32v b, std::integer_sequence<int, kLane...>)
 #endif
 }
 
-// Swaps the lanes of a that have the bit kStep with the lanes of b that do not: after the steps 1, 2, 4 ... over the
-// vectors i and i + kStep, kLanes vectors are transposed.
+// Swaps the lanes of a that have the bit kStep with the lanes of b that do not.
 template <int kStep, int... kLane>
 static inline void exchange(f32v& a, f32v& b, std::integer_sequence<int, kLane...>) {
   using Low = std::integer_sequence<int, ((kLane & kStep) == 0 ? kLane : (kLane ^ kStep) + kLanes)...>;
@@ -145,27 +144,18 @@ static inline void exchange(f32v& a, f32v& b, std::integer_sequence<int, kLane..
   a = low;
 }
 
-// v[i][j] becomes v[j][i].
-template <int kStep = 1>
-static inline void transpose(f32v (&v)[kLanes]) {
-  if constexpr (kStep < kLanes) {
-    for (int i = 0; i < kLanes; ++i)
-      if ((i & kStep) == 0) exchange<kStep>(v[i], v[i | kStep], std::make_integer_sequence<int, kLanes>());
-    transpose<2 * kStep>(v);
-  }
-}
-
-// Lane i of the result is the sum of v[i], in one fixed tree. v is overwritten.
-template <int kStep = 1>
-static inline f32v sums(f32v (&v)[kLanes]) {
+// Lane i of the result is v[i] reduced over its lanes by `combine`, in one fixed tree. v is overwritten.
+template <int kStep = 1, class Combine>
+static inline f32v reduce_each(f32v (&v)[kLanes], const Combine& combine) {
   if constexpr (kStep == kLanes) {
     return v[0];
   } else {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; i += 2 * kStep) {
       exchange<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes>());
-      v[i] += v[i + kStep];
+      v[i] = combine(v[i], v[i + kStep]);
     }
-    return sums<2 * kStep>(v);
+    return reduce_each<2 * kStep>(v, combine);
   }
 }
 
