@@ -10,17 +10,15 @@ namespace {
 // The products of one query row, zero-padded to whole vectors, with kLanes keys.
 template <class T>
 f32v dot(const float* q, const T* k, int64_t stride, int32_t depth) {
-  f32v sum[kLanes] = {};
-  int32_t d = 0;
-  for (; d + kLanes <= depth; d += kLanes) {
-    f32v x = load(q + d);
+  f32v sum[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sum[i] += x * load(k + i * stride + d);
-  }
-  if (d < depth) {
-    f32v x = load(q + d);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sum[i] += x * load_partial(k + i * stride + d, depth - d);
+  for (int i = 0; i < kLanes; ++i) {  // keys in turn: the prefetcher follows one stream of whole rows best
+    const T* row = k + i * stride;
+    f32v total = {};
+    int32_t d = 0;
+    for (; d + kLanes <= depth; d += kLanes) total += load(q + d) * load(row + d);
+    if (d < depth) total += load(q + d) * load_partial(row + d, depth - d);
+    sum[i] = total;
   }
   return reduce_each(sum, combine<false>);
 }
@@ -74,7 +72,6 @@ class FewRows : Unit {
     for (int32_t n = 0; n < end; n += kLanes) {
       const bool whole = end - n >= kLanes;
       const T* k = key_row<T>(n);
-      if (whole) prefetch(n + 2 * kLanes, std::min(n + 3 * kLanes, end));
       if (whole && (num_rows_ == 1 || sizeof(T) == sizeof(float))) {
         for (int32_t r = 0; r < num_rows_; ++r)
           store(logits(r) + n, dot(&queries_[r * depth_], k, p.key_stride_row, p.head_dim) * scale);
@@ -84,11 +81,6 @@ class FewRows : Unit {
           store(logits(r) + n, dot(&queries_[r * depth_], keys_.get(), depth_, depth_) * scale);
       }
     }
-  }
-
-  void prefetch(int32_t begin, int32_t end) const {
-    for (int32_t n = begin; n < end; ++n)
-      for (int32_t d = 0; d < p.head_dim; d += 64 / sizeof(T)) __builtin_prefetch(key_row<T>(n) + d);
   }
 
   // kLanes keys as float32, zeros beyond `count`.
