@@ -290,11 +290,11 @@ std::tuple<Tensor, Tensor, Tensor> prune_gather_attention(const Tensor& tokens, 
 STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
   // Keep the `keep` highest scores of each batch row; ties: lower index; NaN below -inf.
   m.def(
-      "prune_gather(Tensor tokens, Tensor scores, int keep, *, Tensor? keep_mask=None, Tensor? drop_mask=None, "
+      "prune_gather(Tensor tokens, Tensor scores, SymInt keep, *, Tensor? keep_mask=None, Tensor? drop_mask=None, "
       "str head_reduce=\"mean\", str order=\"position\") -> (Tensor kept, Tensor indices)");
   // The same, scored by attention_scores(query, key).
   m.def(
-      "prune_gather.attention(Tensor tokens, Tensor query, Tensor key, int keep, *, float? scale=None, "
+      "prune_gather.attention(Tensor tokens, Tensor query, Tensor key, SymInt keep, *, float? scale=None, "
       "Tensor? lse=None, str head_reduce=\"mean\", str query_reduce=\"mean\", Tensor? keep_mask=None, "
       "Tensor? drop_mask=None, str order=\"position\") -> (Tensor kept, Tensor indices, Tensor scores)");
   // Packed sequences, each with its own budget. total_keep = sum(keep), when the caller knows it.
@@ -304,7 +304,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
       "-> (Tensor kept, Tensor indices, Tensor cu_kept)");
   // One selection over several tensors of any dtype; token_dims names each tensor's token dimension (default 1).
   m.def(
-      "prune_gather.tensors(Tensor[] tensors, Tensor scores, int keep, *, int[]? token_dims=None, "
+      "prune_gather.tensors(Tensor[] tensors, Tensor scores, SymInt keep, *, int[]? token_dims=None, "
       "Tensor? keep_mask=None, Tensor? drop_mask=None, str head_reduce=\"mean\", str order=\"position\") "
       "-> (Tensor[] kept, Tensor indices)");
 }
