@@ -26,9 +26,9 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-#define VTK_CHECK(op, condition, ...)                 \
-  do {                                                \
-    if (!(condition)) ::vtk::fail(op, __VA_ARGS__);   \
+#define VTK_CHECK(op, condition, ...)               \
+  do {                                              \
+    if (!(condition)) ::vtk::fail(op, __VA_ARGS__); \
   } while (false)
 
 inline std::string shape_text(const Tensor& tensor) {

@@ -1,5 +1,6 @@
 // Uninitialised outputs.
 #pragma once
+#include <dlfcn.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -8,18 +9,22 @@
 #include <cstdlib>
 #include <vector>
 
-// Exists from torch 2.11 on; null on 2.10, where large outputs come from torch's allocator.
-extern "C" __attribute__((weak)) int32_t torch_from_blob(void* data, int64_t ndim, const int64_t* sizes,
-                                                         const int64_t* strides, int64_t storage_offset, int32_t dtype,
-                                                         int32_t device_type, int32_t device_index,
-                                                         AtenTensorHandle* result, int32_t layout,
-                                                         const uint8_t* metadata, int64_t metadata_size,
-                                                         void (*deleter)(void*, void*), void* context);
-
 namespace vtk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+using FromBlob = int32_t(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+                         int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+                         int32_t layout, const uint8_t* metadata, int64_t metadata_size, void (*deleter)(void*, void*),
+                         void* context);
+
+// Part of the stable ABI from torch 2.11 on; null on 2.10, where large outputs come from torch's allocator. Looked up
+// at run time, so that the library asks for nothing that 2.10 lacks.
+inline FromBlob* from_blob_with_deleter() {
+  static FromBlob* const found = reinterpret_cast<FromBlob*>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return found;
+}
 
 inline constexpr size_t kMallocBytes = 256 << 10;  // from here on page faults cost more than the call
 
@@ -44,20 +49,20 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Te
   AtenTensorHandle handle = nullptr;
 
   const size_t bytes = any ? static_cast<size_t>(count) * aoti_torch_dtype_element_size(dtype) : 0;
-  if (device == aoti_torch_device_type_cpu() && bytes >= kMallocBytes && torch_from_blob != nullptr) {
+  if (device == aoti_torch_device_type_cpu() && bytes >= kMallocBytes && from_blob_with_deleter() != nullptr) {
     constexpr size_t kAlign = 64;  // as torch aligns
     void* block = std::malloc(bytes + kAlign);
     if (block != nullptr) {
       void* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block) + kAlign) & ~(kAlign - 1));
       auto release = [](void*, void* context) { std::free(context); };
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, dims, sizes.data(), strides.data(), 0, dtype, device,
-                                                    like.get_device_index(), &handle, aoti_torch_layout_strided(),
-                                                    nullptr, 0, release, block));
+      STABLE_TORCH_ERROR_CODE_CHECK(from_blob_with_deleter()(data, dims, sizes.data(), strides.data(), 0, dtype, device,
+                                                             like.get_device_index(), &handle,
+                                                             aoti_torch_layout_strided(), nullptr, 0, release, block));
       return Tensor(handle);
     }
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device,
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

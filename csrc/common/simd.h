@@ -28,12 +28,20 @@ typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 static inline f32v splat(float x) { return x - f32v{}; }
 
-static inline f32v load(const float* p) { f32v v; std::memcpy(&v, p, sizeof v); return v; }
+static inline f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 
 static inline f32v load(const bf16* p) {

@@ -20,17 +20,17 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr uint32_t kDroppedKey = 0;            // drop_mask: below every score
-constexpr uint32_t kNanKey = 1;                // NaN ranks below -inf, whose key is 0x007fffff
-constexpr uint32_t kForcedKey = 0xffffffffu;   // keep_mask: above +inf, whose key is 0xff800000
+constexpr uint32_t kDroppedKey = 0;           // drop_mask: below every score
+constexpr uint32_t kNanKey = 1;               // NaN ranks below -inf, whose key is 0x007fffff
+constexpr uint32_t kForcedKey = 0xffffffffu;  // keep_mask: above +inf, whose key is 0xff800000
 constexpr int kBinBits = 10;
-constexpr int64_t kStreamBytes = 16 << 20;     // larger outputs leave the caches anyway: write past them
+constexpr int64_t kStreamBytes = 16 << 20;  // larger outputs leave the caches anyway: write past them
 
 struct Segment {
-  int64_t first;     // first token, in the packed tensor or 0
+  int64_t first;  // first token, in the packed tensor or 0
   int32_t tokens;
   int32_t keep;
-  int64_t out;       // first output row of the segment in `indices`
+  int64_t out;  // first output row of the segment in `indices`
 };
 
 Segment segment_of(const PruneGatherParams& p, int32_t s) {
@@ -102,8 +102,8 @@ PruneGatherConflict mask_keys(const PruneGatherParams& p, int32_t s, const Segme
 
 struct Threshold {
   uint32_t key;
-  int32_t ties;      // how many tokens equal to the key are kept
-  bool all_ties;     // that is all of them
+  int32_t ties;   // how many tokens equal to the key are kept
+  bool all_ties;  // that is all of them
 };
 
 // Calls visit(i) in ascending order for each i whose key satisfies the comparison, given for vectors and scalars.
@@ -151,7 +151,8 @@ Threshold find_threshold(uint32_t* keys, int32_t count, int32_t keep) {
 
     int32_t left = 0;
     for_each_key(
-        keys, count, [&](auto key) { return ((key - low) >> shift) == bin; }, [&](int32_t i) { keys[left++] = keys[i]; });
+        keys, count, [&](auto key) { return ((key - low) >> shift) == bin; },
+        [&](int32_t i) { keys[left++] = keys[i]; });
     count = left;
   }
 }
@@ -159,8 +160,7 @@ Threshold find_threshold(uint32_t* keys, int32_t count, int32_t keep) {
 // Writes the kept tokens in ascending order.
 void emit_kept(const uint32_t* keys, int32_t tokens, Threshold threshold, int64_t first, int64_t* kept) {
   if (threshold.all_ties) {
-    for_each_key(
-        keys, tokens, [&](auto key) { return key >= threshold.key; }, [&](int32_t n) { *kept++ = first + n; });
+    for_each_key(keys, tokens, [&](auto key) { return key >= threshold.key; }, [&](int32_t n) { *kept++ = first + n; });
     return;
   }
   int32_t ties = threshold.ties;
@@ -221,7 +221,8 @@ void copy_rows(const GatherRows& rows, const PruneGatherParams& p, int64_t begin
   for (int64_t r = begin; r < end; ++r) {
     int64_t outer = r / kept, row = r % kept;
     int64_t batch = p.cu_seqlens == nullptr ? row / p.keep : 0;
-    const char* in = rows.in + outer * rows.stride_outer + batch * rows.stride_batch + p.indices[row] * rows.stride_token;
+    const char* in =
+        rows.in + outer * rows.stride_outer + batch * rows.stride_batch + p.indices[row] * rows.stride_token;
     char* out = rows.out + r * rows.row_bytes;
     if (stream)
       stream_copy(out, in, static_cast<size_t>(rows.row_bytes));
