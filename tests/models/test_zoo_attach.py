@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models import tiny
 from vtkernels import zoo
+from vtkernels.zoo.adapters.llava import _feature_layer
 from vtkernels.zoo.recipe import Context, Kept
 
 METHODS = [method.name for method in zoo.methods()]
@@ -29,7 +31,12 @@ def batch():
 
 
 def snapshot(model):
-    """Every attribute of every submodule, containers by content."""
+    """Every attribute of every submodule, containers by content.
+
+    transformers hooks the tower itself at the first run; that is no trace of ours, so it runs before the first look.
+    """
+    with torch.no_grad():
+        model(**tiny.inputs([(1, 2)]))
     return {
         name: {key: dict(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
         for name, module in model.named_modules()
@@ -91,8 +98,6 @@ def test_detach_after_an_error(model, batch):
 
 
 def test_signatures_stay(model):
-    import inspect
-
     before = [inspect.signature(f) for f in (model.forward, model.generate, model.model.get_image_features)]
     with zoo.apply(model, "fastervlm", keep=5):
         assert [inspect.signature(f) for f in (model.forward, model.generate, model.model.get_image_features)] == before
@@ -160,8 +165,6 @@ def test_default_layers_at_clip_l_geometry():
     "selected, layers, expected", [(-2, 24, 22), (-1, 24, 23), (-2, 3, 1), (3, 3, 2), ([-2, -5], 24, 22)]
 )
 def test_feature_layer(selected, layers, expected):
-    from vtkernels.zoo.adapters.llava import _feature_layer
-
     assert _feature_layer(selected, layers) == expected
 
 
@@ -175,7 +178,7 @@ def test_feature_layer(selected, layers, expected):
         ("hiprune", {"beta": 1}, TypeError, "hiprune: unknown option beta; options: alpha, object_layer"),
         ("uniform", {"seed": 1}, TypeError, "uniform: unknown option seed; options: none"),
         ("hiprune", {"alpha": 2.0}, ValueError, r"hiprune: expected alpha in \[0, 1\], got 2.0"),
-        ("hiprune", {"alpha": 0.7, "keep": 7}, ValueError, "1 anchors with up to 5 tokens"),
+        ("hiprune", {"alpha": 0.7, "keep": 4}, ValueError, "1 anchors with up to 5 tokens"),
         ("hiprune", {"object_layer": 9}, ValueError, r"hiprune: expected an encoder layer in \[0, 2\], got 8"),
         ("fopru", {"strategy": "col"}, ValueError, "fopru: expected strategy to be one of rank, row, got 'col'"),
         ("fopru", {"strategy": "row", "keep": 2}, ValueError, "keep=2 rounds to no row"),
@@ -195,13 +198,8 @@ def test_feature_layer(selected, layers, expected):
 )
 def test_bad_arguments(model, method, options, error, message):
     before = snapshot(model)
-    options = dict(options)
-    keep = options.pop("keep", 4)
-    if "1 anchors" in message:
-        # round(4 * 0.7 / 5) = 1 anchor may bring 5 tokens.
-        keep = 4
     with pytest.raises(error, match=message):
-        zoo.apply(model, method, keep=keep, **options)
+        zoo.apply(model, method, **{"keep": 4, **options})
     same(before, snapshot(model))
 
 
@@ -242,9 +240,10 @@ def test_one_stage_is_claimed_once(model, batch):
 
 
 def test_a_later_stage_cannot_keep_more(model, batch):
-    with zoo.apply(model, "fastervlm", keep=5), zoo.apply(model, "todre", keep=8):
-        with pytest.raises(ValueError, match="todre: keep=8 is more than the 5 tokens"):
-            model(**batch)
+    zoo.apply(model, "fastervlm", keep=5)
+    zoo.apply(model, "todre", keep=8)
+    with pytest.raises(ValueError, match="todre: keep=8 is more than the 5 tokens"):
+        model(**batch)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytest
@@ -44,6 +45,7 @@ def test_forward_and_generate_take_the_features_from_the_base_model(monkeypatch)
     model, batch, calls = tiny.llava(), tiny.inputs([(1, 4)]), []
     original = model.model.get_image_features
 
+    @functools.wraps(original)  # generate reads the signature
     def watched(*args, **kwargs):
         calls.append(kwargs)
         return original(*args, **kwargs)
