@@ -1,0 +1,103 @@
+// SIMD vocabulary of the CPU kernels: one float vector type per instruction set, written with the
+// compiler's vector extensions so that a kernel is one source for all of them.
+// Include only from *_cpu.cpp files: everything lives in vtk::VTK_ISA (see cpu_isa.h).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace vtk {
+namespace VTK_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+// A cast between these types reinterprets the bits; __builtin_convertvector converts the values.
+typedef float f32v __attribute__((vector_size(kLanes * 4)));
+typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+static inline f32v splat(float x) { return x - f32v{}; }
+
+static inline f32v load(const float* p) { f32v v; std::memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+
+static inline f32v load(const bf16* p) {
+  u16v half;
+  std::memcpy(&half, p, sizeof half);
+  return (f32v)(__builtin_convertvector(half, u32v) << 16);
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+  uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+
+static inline float to_float(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Rebias through a multiplication, which also normalises half-precision denormals.
+  uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  float scaled;
+  if ((x.bits & 0x7c00u) == 0x7c00u) {
+    magnitude |= 0x7f800000u;  // infinity or NaN
+  } else {
+    std::memcpy(&scaled, &magnitude, sizeof scaled);
+    scaled *= 0x1p112f;
+    std::memcpy(&magnitude, &scaled, sizeof magnitude);
+  }
+  magnitude |= sign;
+  std::memcpy(&scaled, &magnitude, sizeof scaled);
+  return scaled;
+#endif
+}
+
+static inline f32v load(const f16* p) {
+#if defined(__AVX512F__)
+  // NOTE: maskz instead of the plain form, whose header trips -Wmaybe-uninitialized in gcc 12.
+  return (f32v)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (f32v)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  f32v v;
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = to_float(p[lane]);
+  return v;
+#endif
+}
+
+static inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
+
+// Lane sums in one fixed tree, so that a result never depends on how the compiler reduces.
+static inline float sum(f32v v) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) v[lane] += v[lane + width];
+  return v[0];
+}
+
+static inline float max(f32v v) {
+  float best = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) best = v[lane] > best ? v[lane] : best;
+  return best;
+}
+
+}  // namespace VTK_ISA
+}  // namespace vtk

@@ -1,0 +1,225 @@
+// prune_gather on the CPU.
+//
+// key(token)  = the score as an unsigned integer that sorts the same way; masks overwrite it
+// threshold   = the keep-th largest key, found by repeated histograms over a shrinking key range
+// kept        = tokens above the threshold, then the lowest-indexed ones equal to it
+//
+// Two parallel phases: select (over segments), copy (over output rows). Selecting reads N keys about three
+// times from L1, so the copy bounds the op: 2 * keep * row_bytes over the memory bandwidth.
+// A range histogram (min and max first, then 1024 equal bins) beats fixed radix digits here: attention scores
+// share a few exponents, so a fixed leading digit leaves most tokens in one bin.
+#include "select/prune_gather.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace vtk {
+namespace VTK_ISA {
+namespace {
+
+constexpr uint32_t kDroppedKey = 0;            // drop_mask: below every score
+constexpr uint32_t kNanKey = 1;                // NaN ranks below -inf, whose key is 0x007fffff
+constexpr uint32_t kForcedKey = 0xffffffffu;   // keep_mask: above +inf, whose key is 0xff800000
+constexpr int kBinBits = 10;
+
+struct Segment {
+  int64_t first;     // first token, in the packed tensor or 0
+  int32_t tokens;
+  int32_t keep;
+  int64_t out;       // first output row of the segment in `indices`
+};
+
+Segment segment_of(const PruneGatherParams& p, int32_t s) {
+  if (p.cu_seqlens == nullptr) return {0, p.num_tokens, p.keep, int64_t{s} * p.keep};
+  return {p.cu_seqlens[s], p.cu_seqlens[s + 1] - p.cu_seqlens[s], p.keeps[s], p.cu_kept[s]};
+}
+
+uint32_t order_key(float score) {
+  if (score != score) return kNanKey;
+  score += 0.0f;  // -0 and +0 are one score
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+u32v order_key(f32v score) {
+  u32v bits = (u32v)(score + f32v{});
+  u32v flip = (u32v)((i32v)bits >> 31) | 0x80000000u;
+  u32v nan = (u32v)(score != score);
+  return ((bits ^ flip) & ~nan) | (nan & kNanKey);
+}
+
+template <class T>
+float reduce_heads(const T* score, const PruneGatherParams& p) {
+  float result = to_float(score[0]);
+  for (int32_t h = 1; h < p.num_heads; ++h) {
+    float x = to_float(score[h * p.scores_stride_head]);
+    if (p.head_reduce == Reduce::kMax)
+      result = (x > result || x != x) ? x : result;  // a NaN head makes a NaN score
+    else
+      result += x;
+  }
+  return p.head_reduce == Reduce::kMean ? result / static_cast<float>(p.num_heads) : result;
+}
+
+template <class T>
+void score_keys(const PruneGatherParams& p, int32_t s, const Segment& seg, uint32_t* keys) {
+  const T* score = static_cast<const T*>(p.scores) + s * p.scores_stride_batch * (p.cu_seqlens == nullptr) +
+                   seg.first * p.scores_stride_token;
+  int32_t n = 0;
+  if (p.num_heads == 1 && p.scores_stride_token == 1) {
+    for (; n + kLanes <= seg.tokens; n += kLanes) {
+      u32v key = order_key(load(score + n));
+      std::memcpy(keys + n, &key, sizeof key);
+    }
+  }
+  for (; n < seg.tokens; ++n) keys[n] = order_key(reduce_heads(score + n * p.scores_stride_token, p));
+}
+
+// Applies the masks to the keys; reports a contradiction instead of selecting something else.
+PruneGatherConflict mask_keys(const PruneGatherParams& p, int32_t s, const Segment& seg, uint32_t* keys) {
+  using Conflict = PruneGatherConflict;
+  int64_t forced = 0, dropped = 0;
+  for (int32_t n = 0; n < seg.tokens; ++n) {
+    auto set = [&](const MaskView& mask) {
+      return mask.data != nullptr && mask.data[s * mask.stride_row + (seg.first + n) * mask.stride_col];
+    };
+    bool keep = set(p.keep_mask), drop = set(p.drop_mask);
+    if (keep && drop) return {Conflict::kKeptAndDropped, s, n, seg.keep};
+    if (keep) keys[n] = kForcedKey;
+    if (drop) keys[n] = kDroppedKey;
+    forced += keep;
+    dropped += drop;
+  }
+  if (forced > seg.keep) return {Conflict::kTooManyForced, s, forced, seg.keep};
+  if (seg.tokens - dropped < seg.keep) return {Conflict::kTooFewAllowed, s, seg.tokens - dropped, seg.keep};
+  return {};
+}
+
+struct Threshold {
+  uint32_t key;
+  int32_t ties;  // how many tokens equal to the key are kept
+};
+
+// The keep-th largest key, 1 <= keep <= count. `keys` is overwritten.
+Threshold find_threshold(uint32_t* keys, int32_t count, int32_t keep) {
+  for (;;) {
+    uint32_t low = 0xffffffffu, high = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      low = keys[i] < low ? keys[i] : low;
+      high = keys[i] > high ? keys[i] : high;
+    }
+    if (low == high) return {low, keep};
+    int shift = std::max(0, 32 - __builtin_clz(high - low) - kBinBits);
+
+    uint32_t histogram[1 << kBinBits] = {};
+    for (int32_t i = 0; i < count; ++i) ++histogram[(keys[i] - low) >> shift];
+    uint32_t bin = (high - low) >> shift;
+    while (histogram[bin] < static_cast<uint32_t>(keep)) keep -= static_cast<int32_t>(histogram[bin--]);
+
+    int32_t left = 0;
+    for (int32_t i = 0; i < count; ++i) {  // branch-free compaction of the bin that holds the threshold
+      uint32_t key = keys[i];
+      keys[left] = key;
+      left += ((key - low) >> shift) == bin;
+    }
+    if (shift == 0) return {keys[0], keep};
+    count = left;
+  }
+}
+
+// Writes the kept tokens in ascending order. `kept` has room for keep + 1: the loop writes ahead.
+void emit_kept(const uint32_t* keys, int32_t tokens, Threshold threshold, int64_t first, int64_t* kept) {
+  int64_t slot = 0;
+  int32_t ties = threshold.ties;
+  for (int32_t n = 0; n < tokens; ++n) {
+    bool tie = (keys[n] == threshold.key) & (ties > 0);
+    kept[slot] = first + n;
+    slot += (keys[n] > threshold.key) | tie;
+    ties -= tie;
+  }
+}
+
+struct Scratch {
+  std::unique_ptr<uint32_t[]> keys, spare;
+  std::unique_ptr<int64_t[]> kept;
+  explicit Scratch(int32_t tokens)
+      : keys(new uint32_t[tokens]), spare(new uint32_t[tokens]), kept(new int64_t[int64_t{tokens} + 1]) {}
+};
+
+PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, Scratch& scratch) {
+  Segment seg = segment_of(p, s);
+  uint32_t* keys = scratch.keys.get();
+  switch (p.scores_dtype) {
+    case DType::kFloat32: score_keys<float>(p, s, seg, keys); break;
+    case DType::kFloat16: score_keys<f16>(p, s, seg, keys); break;
+    case DType::kBFloat16: score_keys<bf16>(p, s, seg, keys); break;
+  }
+  if (p.keep_mask.data != nullptr || p.drop_mask.data != nullptr) {
+    PruneGatherConflict conflict = mask_keys(p, s, seg, keys);
+    if (!conflict.ok()) return conflict;
+  }
+  if (seg.keep == 0) return {};
+  std::copy_n(keys, seg.tokens, scratch.spare.get());
+  Threshold threshold = find_threshold(scratch.spare.get(), seg.tokens, seg.keep);
+  int64_t* kept = scratch.kept.get();
+  emit_kept(keys, seg.tokens, threshold, seg.first, kept);
+  if (p.order == Order::kRank)
+    std::sort(kept, kept + seg.keep, [&](int64_t a, int64_t b) {
+      uint32_t key_a = keys[a - seg.first], key_b = keys[b - seg.first];
+      return key_a != key_b ? key_a > key_b : a < b;
+    });
+  std::copy_n(kept, seg.keep, p.indices + seg.out);
+  return {};
+}
+
+PruneGatherConflict select_all(const PruneGatherParams& p) {
+  if (p.num_segments == 0) return {};
+  std::unique_ptr<PruneGatherConflict[]> conflicts(new PruneGatherConflict[p.num_segments]);
+  int64_t tokens_each = std::max<int64_t>(1, p.num_tokens / (p.cu_seqlens == nullptr ? 1 : p.num_segments));
+  int64_t grain = std::max<int64_t>(1, 8192 / tokens_each);
+  parallel_for(p.num_segments, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(p.num_tokens);
+    for (int64_t s = begin; s < end; ++s) conflicts[s] = select_segment(p, static_cast<int32_t>(s), scratch);
+  });
+  for (int32_t s = 0; s < p.num_segments; ++s)
+    if (!conflicts[s].ok()) return conflicts[s];
+  return {};
+}
+
+void copy_rows(const GatherRows& rows, const PruneGatherParams& p, int64_t begin, int64_t end) {
+  int64_t kept = p.cu_seqlens == nullptr ? int64_t{p.num_segments} * p.keep : p.total_keep;
+  for (int64_t r = begin; r < end; ++r) {
+    int64_t outer = r / kept, row = r % kept;
+    int64_t batch = p.cu_seqlens == nullptr ? row / p.keep : 0;
+    const char* in = rows.in + outer * rows.stride_outer + batch * rows.stride_batch + p.indices[row] * rows.stride_token;
+    std::memcpy(rows.out + r * rows.row_bytes, in, static_cast<size_t>(rows.row_bytes));
+  }
+}
+
+}  // namespace
+
+PruneGatherConflict prune_gather_cpu(const PruneGatherParams& p) {
+  if (p.cu_seqlens != nullptr) {
+    p.cu_kept[0] = 0;
+    for (int32_t s = 0; s < p.num_segments; ++s) p.cu_kept[s + 1] = p.cu_kept[s] + p.keeps[s];
+  }
+  PruneGatherConflict conflict = select_all(p);
+  if (!conflict.ok()) return conflict;
+
+  int64_t kept = p.cu_seqlens == nullptr ? int64_t{p.num_segments} * p.keep : p.total_keep;
+  if (kept == 0) return {};
+  for (int32_t t = 0; t < p.num_rows; ++t) {
+    const GatherRows& rows = p.rows[t];
+    if (rows.row_bytes == 0) continue;
+    int64_t grain = std::max<int64_t>(1, (64 << 10) / rows.row_bytes);
+    parallel_for(rows.outer * kept, grain, [&](int64_t begin, int64_t end) { copy_rows(rows, p, begin, end); });
+  }
+  return {};
+}
+
+}  // namespace VTK_ISA
+}  // namespace vtk
