@@ -7,9 +7,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+from vtkernels import zoo
 
 from tests.models import tiny
-from vtkernels import zoo
 
 METHODS = [method.name for method in zoo.methods()]
 RAGGED = [(1, 4), (2, 9), (0, 5), (1, 7)]
@@ -74,6 +74,15 @@ def test_siglip_tower(any_model):
         together = new_tokens(any_model, batch)
         alone = [new_tokens(any_model, tiny.row(batch, RAGGED, index)) for index in range(len(RAGGED))]
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16(method):
+    model, batch = tiny.llava().bfloat16(), tiny.inputs(RAGGED)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    with zoo.apply(model, method, keep=5) as handle:
+        assert new_tokens(model, batch).shape == (len(RAGGED), NEW)
+    assert all(kept == sorted(set(kept)) and len(kept) == 5 for kept in handle.last.indices.tolist())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
+from vtkernels import zoo
 
 from tests.models import tiny
 from tests.reference import recipes
-from vtkernels import zoo
 
 GRID = 6
 PROMPTS = [(2, 5), (1, 3), (0, 4), (1, 9)]
@@ -127,7 +128,7 @@ def test_methods_without_cls(siglip):
 class WordTokenizer:
     """Ids are words w3, w4, ...; some of them the method's stop words."""
 
-    names = {10: "the", 11: "what", 12: "The"}
+    names: ClassVar = {10: "the", 11: "what", 12: "The"}
 
     def decode(self, ids, skip_special_tokens):
         words = " ".join(self.names.get(i, f"w{i}") for i in ids if i > 2)

@@ -72,7 +72,8 @@ class Encoding:
         """``projected`` [images, S, H * D] as the view [images, H, S, D]."""
         self.projections.setdefault(layer, {})[role] = projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def start(self, features: Tensor) -> None:
+    def start(self, features: Tensor) -> Tensor:
+        """Takes the encoder's features [images, n, C]; returns them with rows that the ops can gather."""
         images, n, _ = features.shape
         if n != self.encoder.num_patches:
             raise ValueError(
@@ -80,6 +81,8 @@ class Encoding:
                 f"{self.encoder.grid[1]}) from the vision encoder, got {n}"
             )
         self.positions = torch.arange(n, device=features.device).expand(images, n)
+        # NOTE: SigLIP's features keep the channel-first strides of its patch convolution through every residual.
+        return features if features.stride(-1) == 1 else features.contiguous()
 
     def run(self, stage: Stage, claim: Claim | None, tokens: Tensor, features: Tensor) -> Tensor:
         """The tokens that the stage keeps: [images, n, C] -> [images, kept, C]."""

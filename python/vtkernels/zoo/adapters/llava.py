@@ -101,8 +101,7 @@ class LlavaAdapter(Adapter):
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         if self.encoding is None:
             return None
-        (features,) = args
-        self.encoding.start(features)
+        features = self.encoding.start(args[0])
         return (self.encoding.run("vision_encoder", self.claims.get("vision_encoder"), features, features),)
 
     def _after_projector(self, module: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor:

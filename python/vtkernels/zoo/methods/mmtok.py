@@ -20,9 +20,9 @@ _INSTRUCTIONS = (
     "Answer with the option's letter from the given choices directly.",
 )
 # The method's own list of words that name nothing visible.
-_STOP_WORDS = set(
-    """a an and answer are at be been being but by did do does for from had has have he how i if into is it onto or
-    question she so the then they to upon was we were what when where which who why with you""".split()
+_STOP_WORDS = (
+    "a an and answer are at be been being but by did do does for from had has have he how i if into is it onto or "
+    "question she so the then they to upon was we were what when where which who why with you"
 )
 
 
@@ -94,7 +94,8 @@ class MMTok(Recipe):
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         for instruction in _INSTRUCTIONS:
             text = text.replace(instruction, "")
-        words = [word for word in re.findall(r"\b\w+\b", text) if word.lower() not in _STOP_WORDS]
+        stop = _STOP_WORDS.split()
+        words = [word for word in re.findall(r"\b\w+\b", text) if word.lower() not in stop]
         clean = self.tokenizer(" ".join(words) if words else text, add_special_tokens=False)["input_ids"]
         return torch.tensor(clean, dtype=ids.dtype, device=ids.device)
 
