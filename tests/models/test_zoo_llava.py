@@ -225,7 +225,8 @@ def test_lengths_count_the_original_prompt(pruned, batch):
     assert torch.equal(pruned.generate(**batch, max_length=length + NEW, do_sample=False)[:, length:], expected)
     # max_new_tokens wins over max_length, as it does in generate.
     assert pruned.generate(**batch, max_length=length + 3, max_new_tokens=2, do_sample=False).shape[1] == length + 2
-    assert pruned.generate(**batch, do_sample=False).shape[1] == length + 20  # the library's default
+    with pytest.warns(UserWarning, match="model-agnostic default"):
+        assert pruned.generate(**batch, do_sample=False).shape[1] == length + 20
 
 
 def test_minimal_length_counts_the_original_prompt(pruned):
