@@ -17,11 +17,6 @@ N = 16
 NEW = 6
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip"])
-def any_model(request):
-    return tiny.llava(tower=request.param)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny.llava()
@@ -68,11 +63,16 @@ def test_a_batch_generates_what_its_rows_generate_alone(model, method, side):
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_siglip_tower(any_model):
+def test_siglip_tower():
+    siglip = tiny.llava(tower="siglip")
     batch = tiny.inputs(RAGGED)
-    with zoo.apply(any_model, "hiprune", keep=5):
-        together = new_tokens(any_model, batch)
-        alone = [new_tokens(any_model, tiny.row(batch, RAGGED, index)) for index in range(len(RAGGED))]
+    before = logits(siglip, batch), new_tokens(siglip, batch)
+    with zoo.apply(siglip, "hiprune", keep="all"):
+        assert torch.equal(logits(siglip, batch), before[0])
+        assert torch.equal(new_tokens(siglip, batch), before[1])
+    with zoo.apply(siglip, "hiprune", keep=5):
+        together = new_tokens(siglip, batch)
+        alone = [new_tokens(siglip, tiny.row(batch, RAGGED, index)) for index in range(len(RAGGED))]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -119,12 +119,13 @@ def test_pruning_is_masking_the_projected_features(model):
     torch.testing.assert_close(pruned, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_labels_and_token_types_are_shortened(model):
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_and_token_types_are_shortened(model, method):
     batch = tiny.inputs([(1, 6), (2, 4)])
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMAGE, -100)
     labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
     types = (batch["input_ids"] == tiny.IMAGE).long()
-    with zoo.apply(model, "fastervlm", keep=5) as handle:
+    with zoo.apply(model, method, keep=5) as handle:
         out = model(**batch, labels=labels, mm_token_type_ids=types)
         out.loss.backward()
     ids = handle.last.input_ids

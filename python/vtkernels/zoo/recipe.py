@@ -50,7 +50,8 @@ class Context:
     """What a stage sees of one call: every image of the batch, whichever prompt it belongs to.
 
     Attributes:
-        tokens: [images, n, C], what this stage prunes.
+        tokens: [images, n, C], what this stage prunes. Gradients flow through the kept ones; what a recipe scores with
+            (``features``, ``projections``, ``tokens.detach()``) is a constant of the backward pass.
         features: [images, n, C'], the encoder's features of the same tokens (``tokens`` itself before the projector).
         positions: int64 [images, n], the patch number (raster order) of each token.
         keep: tokens to keep of each image, ``1 <= keep < n``.

@@ -69,11 +69,10 @@ class Encoding:
         self.output: Any = None  # what the family's feature method returned
 
     def capture(self, layer: int, role: str, projected: Tensor, heads: int) -> None:
-        """``projected`` [images, S, H * D] as the view [images, H, S, D]."""
-        self.projections.setdefault(layer, {})[role] = projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+        """``projected`` [images, S, H * D] as the view [images, H, S, D], a constant of the backward pass."""
+        self.projections.setdefault(layer, {})[role] = projected.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def start(self, features: Tensor) -> Tensor:
-        """Takes the encoder's features [images, n, C]; returns them with rows that the ops can gather."""
+    def start(self, features: Tensor) -> None:
         images, n, _ = features.shape
         if n != self.encoder.num_patches:
             raise ValueError(
@@ -81,8 +80,6 @@ class Encoding:
                 f"{self.encoder.grid[1]}) from the vision encoder, got {n}"
             )
         self.positions = torch.arange(n, device=features.device).expand(images, n)
-        # NOTE: SigLIP's features keep the channel-first strides of its patch convolution through every residual.
-        return features if features.stride(-1) == 1 else features.contiguous()
 
     def run(self, stage: Stage, claim: Claim | None, tokens: Tensor, features: Tensor) -> Tensor:
         """The tokens that the stage keeps: [images, n, C] -> [images, kept, C]."""
@@ -102,8 +99,10 @@ class Encoding:
                 raise RuntimeError(f"{claim.recipe.name}: encoder layer {layer} gave no query and key; attach first")
             projections[layer] = (captured["query"], captured["key"])
         context = Context(
-            tokens=tokens,
-            features=features,
+            # NOTE: SigLIP's features keep the channel-first strides of its patch convolution through every residual;
+            # the ops gather rows.
+            tokens=tokens if tokens.stride(-1) == 1 else tokens.contiguous(),
+            features=features.detach(),
             positions=self.positions,
             keep=claim.keep,
             encoder=self.encoder,

@@ -101,7 +101,8 @@ class LlavaAdapter(Adapter):
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         if self.encoding is None:
             return None
-        features = self.encoding.start(args[0])
+        (features,) = args
+        self.encoding.start(features)
         return (self.encoding.run("vision_encoder", self.claims.get("vision_encoder"), features, features),)
 
     def _after_projector(self, module: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor:

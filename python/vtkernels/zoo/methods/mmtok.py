@@ -101,4 +101,4 @@ class MMTok(Recipe):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return normalize(x.float(), dim=-1, eps=1e-8)
+    return normalize(x.detach().float(), dim=-1, eps=1e-8)

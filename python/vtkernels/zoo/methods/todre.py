@@ -48,7 +48,7 @@ class ToDRE(Recipe):
         return (encoder.num_layers - 1 if self.layer is None else self.layer,)
 
     def after_projector(self, ctx: Context) -> Kept:
-        return ctx.take(select_diverse(ctx.tokens, ctx.keep, self._pivot(ctx), mode=self.mode))
+        return ctx.take(select_diverse(ctx.tokens.detach(), ctx.keep, self._pivot(ctx), mode=self.mode))
 
     def _pivot(self, ctx: Context) -> Tensor:
         """The first token of each image's subset: int64 [images]."""
