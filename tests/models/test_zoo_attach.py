@@ -11,11 +11,11 @@ from typing import ClassVar
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.models import tiny
 from vtkernels import zoo
 from vtkernels.zoo.adapters.llava import _feature_layer
 from vtkernels.zoo.recipe import Context, Kept
-
-from tests.models import tiny
 
 METHODS = [method.name for method in zoo.methods()]
 

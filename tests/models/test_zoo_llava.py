@@ -7,9 +7,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
-from vtkernels import zoo
 
 from tests.models import tiny
+from vtkernels import zoo
 
 METHODS = [method.name for method in zoo.methods()]
 RAGGED = [(1, 4), (2, 9), (0, 5), (1, 7)]

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from vtkernels import zoo
 
 from tests.models import tiny
 from tests.reference import recipes
+from vtkernels import zoo
 
 GRID = 6
 PROMPTS = [(2, 5), (1, 3), (0, 4), (1, 9)]
