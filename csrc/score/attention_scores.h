@@ -13,12 +13,12 @@ namespace vtk {
 
 // Strides are in elements.
 struct AttentionScoresParams {
-  const void* query;    // [B, H, Q, D]
-  const void* key;      // [B, Hk, N, D]
-  DType dtype;          // of both
+  const void* query;  // [B, H, Q, D]
+  const void* key;    // [B, Hk, N, D]
+  DType dtype;        // of both
   int64_t query_stride_batch, query_stride_head, query_stride_row;
   int64_t key_stride_batch, key_stride_head, key_stride_row;
-  const float* lse;     // [B, H, Q] natural log, or null: the normaliser is taken over the N keys
+  const float* lse;  // [B, H, Q] natural log, or null: the normaliser is taken over the N keys
   int64_t lse_stride_batch, lse_stride_head, lse_stride_row;
   MaskView key_mask;    // [B, N], false excludes a key
   MaskView query_mask;  // [B, Q], false rows do not vote
@@ -32,10 +32,10 @@ struct AttentionScoresParams {
   float scale;
   Reduce head_reduce;
   Reduce query_reduce;
-  bool causal;          // row i sees keys j <= N - Q + i
+  bool causal;  // row i sees keys j <= N - Q + i
 
-  float* out;           // [B, N], or [B, H, N] with head_reduce none; contiguous
-  float* workspace;     // CUDA only: attention_scores_workspace(params) floats
+  float* out;        // [B, N], or [B, H, N] with head_reduce none; contiguous
+  float* workspace;  // CUDA only: attention_scores_workspace(params) floats
 };
 
 VTK_CPU_KERNEL(void, attention_scores_cpu, AttentionScoresParams)

@@ -52,8 +52,8 @@ int32_t count_voters(const AttentionScoresParams& p, int32_t batch) {
 }
 
 // Reduces parts, then heads, of keys [begin, end) of one output row.
-void reduce_partial(const AttentionScoresParams& p, const Plan& plan, const float* partial, int32_t heads, float by_rows,
-                    float* out, int64_t begin, int64_t end) {
+void reduce_partial(const AttentionScoresParams& p, const Plan& plan, const float* partial, int32_t heads,
+                    float by_rows, float* out, int64_t begin, int64_t end) {
   const bool max_rows = p.query_reduce == Reduce::kMax, max_heads = p.head_reduce == Reduce::kMax;
   for (int64_t n = begin; n < end; n += kLanes) {
     f32v total = {};

@@ -138,7 +138,7 @@ class FewRows : Unit {
     }
   }
 
-  const int32_t depth_;                // D rounded up to whole vectors
+  const int32_t depth_;                   // D rounded up to whole vectors
   Array<float> logits_, queries_, keys_;  // [rows][N], [rows][depth], [kLanes][depth]
 };
 

@@ -17,10 +17,10 @@ constexpr int kGroup = 2 * kLanes;  // query rows of a register tile, one a lane
 constexpr int kTileKeys = 6;        // keys of a register tile
 constexpr int32_t kFewRows = 5;     // up to here dot products with lanes over D are faster than rows in lanes
 constexpr int32_t kMaxTileRows = 96;
-constexpr int64_t kTileFloats = 128 << 10;   // 256 KiB of logits, half of L2
+constexpr int64_t kTileFloats = 128 << 10;  // 256 KiB of logits, half of L2
 constexpr int32_t kMaxWholeKeys = 8192;     // a group's logits over this many keys still fit L2 on most processors
 constexpr int32_t kBlockKeys = 1024;
-constexpr int64_t kUnits = 32;              // enough for the threads of a desktop; depends on shapes only
+constexpr int64_t kUnits = 32;  // enough for the threads of a desktop; depends on shapes only
 constexpr int64_t kMinPartRows = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
@@ -41,9 +41,9 @@ Array<T> scratch(int64_t count) {
 
 struct Plan {
   bool few_rows;
-  int32_t block_keys;   // keys whose logits the tile holds: N, or less when N is long
+  int32_t block_keys;  // keys whose logits the tile holds: N, or less when N is long
   int32_t tile_rows;
-  int32_t parts;        // the rows of a head are cut into so many units
+  int32_t parts;  // the rows of a head are cut into so many units
   int32_t part_rows;
   int64_t padded_keys;
 
@@ -126,9 +126,9 @@ class Unit {
 
   const AttentionScoresParams& p;
   const Plan& plan;
-  Array<int32_t> query_, limit_;    // [tile_rows] row number; it sees keys [0, limit)
-  Array<float> shift_, weight_;     // [tile_rows]
-  Array<int32_t> excluded_;         // [padded_keys] all bits set: masked out; null without a mask
+  Array<int32_t> query_, limit_;  // [tile_rows] row number; it sees keys [0, limit)
+  Array<float> shift_, weight_;   // [tile_rows]
+  Array<int32_t> excluded_;       // [padded_keys] all bits set: masked out; null without a mask
   int32_t num_rows_ = 0;
   int32_t batch_ = -1, head_ = 0;
 
