@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -62,7 +63,11 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Te
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, like.get_device_index(),
       &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+#if defined(VTK_BACKEND_SIMT)
+  if (out.numel() > 0) std::memset(out.mutable_data_ptr(), 0xff, out.numel() * out.element_size());  // NaN, -1
+#endif
+  return out;
 }
 
 // names: the symbols of the shape, for example "[B, N]".
