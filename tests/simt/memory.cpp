@@ -16,7 +16,9 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
+constexpr bool kAsan = true;
 #else
+constexpr bool kAsan = false;
 #define ASAN_POISON_MEMORY_REGION(address, bytes) ((void)(address), (void)(bytes))
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes) ((void)(address), (void)(bytes))
 #endif
@@ -100,7 +102,7 @@ void note_read(const Block& block, const Fiber& f, Access& read, const Access& n
 
 void check(uintptr_t address, size_t bytes, bool write, bool atomic, const void* code) {
   Fiber* f = machine.running;
-  if (f == nullptr) return;
+  if (kAsan || f == nullptr) return;  // without the hooks most accesses go unseen
   Block& block = *f->block;
   const uintptr_t dynamic = reinterpret_cast<uintptr_t>(block.dynamic.data());
   const uintptr_t in_static = address - reinterpret_cast<uintptr_t>(machine.static_base);
@@ -163,22 +165,28 @@ void find_static_shared() {
 void begin_block(Block& block) {
   next_epoch(block);
   block.start_epoch = block.epoch;
-  for (const SharedObject& o : shared_objects()) ASAN_UNPOISON_MEMORY_REGION(machine.static_base + o.offset, o.bytes);
   std::memset(machine.static_base, kPoison, machine.static_bytes);
   ASAN_UNPOISON_MEMORY_REGION(block.dynamic.data(), block.dynamic.size());
   block.dynamic.assign(machine.dynamic_bytes + 2 * kRedzone, kCanary);
   std::memset(block.dynamic.data() + kRedzone, kPoison, machine.dynamic_bytes);
   ASAN_POISON_MEMORY_REGION(block.dynamic.data(), kRedzone);
   ASAN_POISON_MEMORY_REGION(block.dynamic.data() + kRedzone + machine.dynamic_bytes, kRedzone);
-  for (const SharedObject& o : shared_objects())
-    if (o.redzone) ASAN_POISON_MEMORY_REGION(machine.static_base + o.offset, o.bytes);
   block.shadow.resize(machine.static_bytes + machine.dynamic_bytes);
+}
+
+void guard_static(bool on) {
+  if (!kAsan) return;
+  for (const SharedObject& o : shared_objects()) {
+    if (!o.redzone) continue;
+    unsigned char* redzone = machine.static_base + o.offset;
+    if (on) ASAN_POISON_MEMORY_REGION(redzone, o.bytes);
+    else ASAN_UNPOISON_MEMORY_REGION(redzone, o.bytes);
+  }
 }
 
 void end_block(Block& block) {
   size_t in_use = machine.dynamic_bytes;
   for (const SharedObject& o : shared_objects()) {
-    ASAN_UNPOISON_MEMORY_REGION(machine.static_base + o.offset, o.bytes);
     if (o.used && !o.redzone) in_use += o.bytes;
     for (size_t b = 0; o.redzone && b < o.bytes; ++b)
       if (machine.static_base[o.offset + b] != kPoison) machine.error = "a write past static shared memory, near " + o.name;

@@ -142,7 +142,6 @@ Fiber* take_ready(Block& block) {
 
 // Static shared memory has one address for all blocks of this library: the running block's is swapped in.
 void put_in_place(Block& block) {
-  if (machine.block == &block) return;
   std::copy_n(machine.static_base, machine.static_bytes, machine.block->static_copy.data());
   std::copy_n(block.static_copy.data(), machine.static_bytes, machine.static_base);
   machine.block = &block;
@@ -150,7 +149,11 @@ void put_in_place(Block& block) {
 
 // The built-in variables are constant for the thread that reads them and set here at every switch.
 void enter(Context& from, Fiber& f) {
-  put_in_place(*f.block);
+  if (machine.block != f.block) {
+    guard_static(false);
+    put_in_place(*f.block);
+    guard_static(true);
+  }
   machine.running = &f;
   threadIdx = f.index;
   blockIdx = f.block->index;
@@ -446,7 +449,9 @@ void place_blocks(std::vector<uint3> indices) {
 // Runs the blocks that are together on the machine to their end.
 void run_resident(std::vector<uint3> indices) {
   place_blocks(std::move(indices));
+  guard_static(true);
   enter(machine.main, *pick(false));
+  guard_static(false);
   if (!machine.error.empty()) return;
   for (Block& block : machine.resident) {
     if (block.exited != static_cast<int>(block.fibers.size())) {
@@ -455,7 +460,7 @@ void run_resident(std::vector<uint3> indices) {
     }
   }
   for (Block& block : machine.resident) {
-    put_in_place(block);
+    if (machine.block != &block) put_in_place(block);
     end_block(block);
   }
 }

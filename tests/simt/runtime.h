@@ -96,6 +96,7 @@ inline constexpr size_t kDefaultShared = 48 << 10;
 // memory.cpp
 void find_static_shared();       // on the launch's thread
 void begin_block(Block& block);  // poison
+void guard_static(bool on);      // for ASan, while kernel code runs
 void end_block(Block& block);    // canaries, shared memory in use
 void next_epoch(Block& block);
 
