@@ -41,8 +41,8 @@ extern "C" void simt_switch(void** save, void* load);
 // A stack with an unmapped page below it: overflow is a crash at once, not a corrupted neighbour.
 inline void make_stack(Context& c) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
     std::perror("simt: no memory for fiber stacks");
     std::abort();
@@ -55,8 +55,8 @@ inline void make_stack(Context& c) {
 inline void prepare(Context& c, void (*entry)()) {
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(c.stack + c.stack_bytes);
-  *--top = nullptr;                             // entry sees the alignment of a called function
-  *--top = reinterpret_cast<void*>(entry);      // popped by ret
+  *--top = nullptr;                              // entry sees the alignment of a called function
+  *--top = reinterpret_cast<void*>(entry);       // popped by ret
   for (int i = 0; i < 6; ++i) *--top = nullptr;  // rbp rbx r12 r13 r14 r15
   c.stack_pointer = top;
 #else

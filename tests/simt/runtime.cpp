@@ -77,11 +77,11 @@ const char* name(BlockOp op) {
 }
 
 const char* name(WarpOp op) {
-  static const char* names[] = {
-      "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",  "__shfl_xor_sync",
-      "__ballot_sync",     "__any_sync",        "__all_sync",        "__match_any_sync",  "__match_all_sync",
-      "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_max_sync",
-      "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
+  static const char* names[] = {"__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
+                                "__shfl_xor_sync",   "__ballot_sync",     "__any_sync",        "__all_sync",
+                                "__match_any_sync",  "__match_all_sync",  "__reduce_add_sync", "__reduce_min_sync",
+                                "__reduce_min_sync", "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync",
+                                "__reduce_or_sync",  "__reduce_xor_sync", "warp_call"};
   return names[static_cast<int>(op)];
 }
 
@@ -92,10 +92,12 @@ std::string whereabouts(const Fiber& f) {
     case State::kReady: return "is running";
     case State::kExited: return "has exited";
     case State::kAtBlockBarrier: return std::string("waits at ") + name(f.block_op) + " " + name(f.site);
-    case State::kAtResidentBarrier: return std::string("waits at ") + f.resident_what + " " + name(f.site);
+    case State::kAtResidentBarrier: return std::string("waits at ") + f.what + " " + name(f.site);
+    case State::kAtNamedBarrier: return text("waits at named barrier %d ", f.named) + name(f.site);
     case State::kAtWarpOp: break;
   }
-  return std::string("waits at ") + name(f.warp_op) + text(" of lanes 0x%08x ", f.mask) + name(f.site);
+  return std::string("waits at ") + (f.warp_op == WarpOp::kCall ? f.what : name(f.warp_op)) +
+         text(" of lanes 0x%08x ", f.mask) + name(f.site);
 }
 
 std::string kernel_name() {
@@ -118,7 +120,9 @@ uint64_t random_number() {  // splitmix64
 // Three schedules. Seed 0: in order, everybody one step. Odd seeds: a random thread each time. Other seeds: whoever
 // just got past a rendezvous keeps running ahead of everybody else.
 enum class Policy { kInOrder, kRandom, kRunAhead };
-Policy policy() { return machine.seed == 0 ? Policy::kInOrder : machine.seed % 2 ? Policy::kRandom : Policy::kRunAhead; }
+Policy policy() {
+  return machine.seed == 0 ? Policy::kInOrder : machine.seed % 2 ? Policy::kRandom : Policy::kRunAhead;
+}
 
 void make_ready(std::vector<Fiber*>& fibers) {
   if (policy() != Policy::kInOrder)
@@ -167,7 +171,8 @@ void leave_to_main(Fiber& f) {
 
 Fiber* pick(bool leave_block) {
   const size_t blocks = machine.resident.size();
-  const size_t first = machine.block - machine.resident.data() + (leave_block && blocks > 1 ? 1 + random_number() % (blocks - 1) : 0);
+  const size_t first =
+      machine.block - machine.resident.data() + (leave_block && blocks > 1 ? 1 + random_number() % (blocks - 1) : 0);
   for (size_t i = 0; i < blocks; ++i)
     if (Fiber* f = take_ready(machine.resident[(first + i) % blocks])) return f;
   return nullptr;
@@ -187,6 +192,8 @@ void fiber_main() {
 #endif
   machine.invoke(machine.context);
   Fiber* f = machine.running;
+  for (const auto& group : f->async)
+    if (!group.empty()) fail("it exits with cp.async copies that it never waited for");
   f->state = State::kExited;
   ++f->block->exited;
   machine.spins = 0;
@@ -209,7 +216,10 @@ std::string deadlock_report() {
   int alike = 0, others = 0;
   const Fiber* missing = nullptr;
   auto count = [&](const Fiber* f, bool needed) {
-    if (f->state == waiting->state && f->site.line == waiting->site.line) { ++alike; return; }
+    if (f->state == waiting->state && f->site.line == waiting->site.line) {
+      ++alike;
+      return;
+    }
     if (!needed) return;
     ++others;
     if (missing == nullptr) missing = f;
@@ -223,7 +233,8 @@ std::string deadlock_report() {
       count(f, waiting->state == State::kAtBlockBarrier || (same_warp && (waiting->mask >> f->lane & 1)));
     }
   }
-  std::string out = place(block) + text(": deadlock: %d threads wait, the first ", alike) + name(*waiting) + " " + whereabouts(*waiting);
+  std::string out = place(block) + text(": deadlock: %d threads wait, the first ", alike) + name(*waiting) + " " +
+                    whereabouts(*waiting);
   if (missing != nullptr)
     out += text("; %d never come, the first ", others) + name(*missing) +
            (missing->block != &block ? " of block " + name(missing->block->index) : "") + " " + whereabouts(*missing);
@@ -310,10 +321,17 @@ void complete_warp_op(Block& block, int warp, uint32_t members, WarpOp op) {
   std::vector<Fiber*> released;
   for (int l = 0; l < 32; ++l)
     if (members >> l & 1) released.push_back(lanes[l] = block.fibers[warp * 32 + l]);
+  if (op == WarpOp::kCall) {
+    void* operands[32];
+    for (int l = 0; l < 32; ++l) operands[l] = reinterpret_cast<void*>(lanes[l]->operand);
+    machine.running->body(operands);
+  }
   for (Fiber* f : released) {
     if (!is_shuffle(op)) {
       // The same for every lane of the mask, except for match_any.
-      f->result = op == WarpOp::kSync ? 0 : f == released[0] || op == WarpOp::kMatchAny ? warp_result(*f, lanes) : released[0]->result;
+      f->result = op == WarpOp::kSync || op == WarpOp::kCall    ? 0
+                  : f == released[0] || op == WarpOp::kMatchAny ? warp_result(*f, lanes)
+                                                                : released[0]->result;
       continue;
     }
     f->result = lanes[source_lane(*f)]->operand;
@@ -343,28 +361,60 @@ uint64_t warp_rendezvous(WarpOp op, unsigned mask, uint64_t operand, int argumen
   if (!(mask >> f.lane & 1))
     fail("%s of lanes 0x%08x %s is called by lane %d, which is not in the mask", name(op), mask, name(site).c_str(),
          f.lane);
-  if (width <= 0 || width > 32 || (width & (width - 1)) != 0) fail("%s %s: width %d", name(op), name(site).c_str(), width);
+  if (width <= 0 || width > 32 || (width & (width - 1)) != 0)
+    fail("%s %s: width %d", name(op), name(site).c_str(), width);
   const uint32_t members = mask & warp.lanes;
+  if (op == WarpOp::kCall && members != mask)
+    fail("%s %s in a warp of %d lanes", f.what, name(site).c_str(), __builtin_popcount(members));
   if (is_shuffle(op) && !(members >> source_lane(f) & 1))
     fail("%s %s reads lane %d, which does not take part (lanes 0x%08x)", name(op), name(site).c_str(), source_lane(f),
          members);
-  // Whoever already waits must wait for the same operation. __syncwarp may be reached on different lines.
+  // Whoever waits for this lane must wait at this operation; lanes still busy with others of theirs may yet come.
+  // __syncwarp may be reached on different lines.
+  uint32_t here = 1u << f.lane;
   for (uint32_t others = mask & warp.waiting; others != 0; others &= others - 1) {
     const Fiber& other = *block.fibers[f.thread / 32 * 32 + __builtin_ctz(others)];
-    if (other.warp_op != op || other.mask != mask || (op != WarpOp::kSync && other.site.line != site.line))
+    const bool same =
+        other.mask == mask && other.warp_op == op && (op == WarpOp::kSync || other.site.line == site.line);
+    if (!same && (other.mask >> f.lane & 1))
       fail("divergent warp: it calls %s of lanes 0x%08x %s while %s %s", name(op), mask, name(site).c_str(),
            name(other).c_str(), whereabouts(other).c_str());
+    if (same) here |= 1u << other.lane;
   }
   f.state = State::kAtWarpOp;
   warp.waiting |= 1u << f.lane;
-  if ((members & ~warp.waiting) == 0) complete_warp_op(block, f.thread / 32, members, op);
+  if (here == members) complete_warp_op(block, f.thread / 32, members, op);
   reschedule();
   return f.result;
 }
 
+void named_barrier(int id, int threads, bool wait, Site site) {
+  Fiber& f = *machine.running;
+  Block& block = *f.block;
+  if (id < 0 || id > 15 || threads <= 0 || threads % 32 != 0)
+    fail("named barrier %d for %d threads %s: 0 to 15, and a multiple of 32 threads", id, threads, name(site).c_str());
+  f.named = id, f.site = site;
+  if (wait) f.state = State::kAtNamedBarrier;
+  if (++block.named_arrived[id] == threads) {
+    std::vector<Fiber*> released;
+    for (Fiber* other : block.fibers)
+      if (other->state == State::kAtNamedBarrier && other->named == id) released.push_back(other);
+    block.named_arrived[id] = 0;
+    next_epoch(block);
+    make_ready(released);
+  }
+  if (wait) reschedule();
+}
+
+void warp_call(const char* what, void* mine, void (*body)(void* const*), Site site) {
+  machine.running->what = what;
+  machine.running->body = body;
+  warp_rendezvous(WarpOp::kCall, 0xffffffffu, reinterpret_cast<uint64_t>(mine), 0, 32, site);
+}
+
 void resident_barrier(const char* what, Site site) {
   Fiber& f = *machine.running;
-  f.resident_what = what, f.site = site;
+  f.what = what, f.site = site;
   f.state = State::kAtResidentBarrier;
   std::vector<Fiber*> everybody;
   for (Block& block : machine.resident) {
@@ -423,17 +473,18 @@ void place_blocks(std::vector<uint3> indices) {
     block.index = indices[b];
     block.rank = static_cast<int>(b);
     block.at_barrier = block.exited = 0;
+    std::fill_n(block.named_arrived, 16, 0);
     block.fibers.clear();
     block.ready.clear();
     block.warps.assign((threads + 31) / 32, Warp{});
     for (unsigned t = 0; t < threads; ++t) {
       Fiber* f = fiber_pool[next_fiber++];
-      f->index = {t % blockDim.x, t / blockDim.x % blockDim.y,
-                  t / (blockDim.x * blockDim.y)};
+      f->index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
       f->lane = static_cast<int>(t % 32);
       f->block = &block;
       f->thread = static_cast<int>(t);
       f->site = {};
+      f->async.assign(1, {});
       block.warps[t / 32].lanes |= 1u << (t % 32);
       block.fibers.push_back(f);
       prepare(f->context, fiber_main);
@@ -481,7 +532,8 @@ void run_grid(unsigned together) {
   uint64_t start = 0, stride = 1;
   if (policy() != Policy::kInOrder) {
     start = random_number() % groups;
-    do stride = 1 + random_number() % groups; while (std::gcd(stride, groups) != 1);
+    do stride = 1 + random_number() % groups;
+    while (std::gcd(stride, groups) != 1);
   }
   for (uint64_t i = 0; i < groups && machine.error.empty(); ++i) {
     const uint64_t group = (start + i % groups * stride) % groups;
@@ -496,9 +548,12 @@ void run_grid(unsigned together) {
 std::string check_launch(const cudaLaunchConfig_t& c, unsigned cluster, bool cooperative) {
   const dim3 g = c.gridDim, b = c.blockDim;
   const uint64_t threads = uint64_t{b.x} * b.y * b.z, blocks = uint64_t{g.x} * g.y * g.z;
-  if (threads == 0 || threads > 1024 || b.z > 64) return text("block of %u x %u x %u threads, at most 1024", b.x, b.y, b.z);
-  if (blocks == 0 || g.x > INT32_MAX || g.y > 65535 || g.z > 65535) return text("grid of %u x %u x %u blocks", g.x, g.y, g.z);
-  if (c.dynamicSmemBytes > kMaxShared) return text("%zu bytes of dynamic shared memory, at most %zu", c.dynamicSmemBytes, kMaxShared);
+  if (threads == 0 || threads > 1024 || b.z > 64)
+    return text("block of %u x %u x %u threads, at most 1024", b.x, b.y, b.z);
+  if (blocks == 0 || g.x > INT32_MAX || g.y > 65535 || g.z > 65535)
+    return text("grid of %u x %u x %u blocks", g.x, g.y, g.z);
+  if (c.dynamicSmemBytes > kMaxShared)
+    return text("%zu bytes of dynamic shared memory, at most %zu", c.dynamicSmemBytes, kMaxShared);
   auto allowed = allowed_dynamic.find(machine.kernel);
   size_t limit = allowed == allowed_dynamic.end() ? kDefaultShared : std::max(kDefaultShared, allowed->second);
   if (c.dynamicSmemBytes > limit)
@@ -550,8 +605,10 @@ int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
   return static_cast<int>(std::min<size_t>(2048 / std::max(threads, 1), kMaxShared / (shared_bytes + 1024)));
 }
 
+int lane() { return machine.running->lane; }
 unsigned char* dynamic_shared() { return machine.running->block->dynamic.data() + kRedzone; }
 size_t dynamic_shared_bytes() { return machine.dynamic_bytes; }
+unsigned block_rank() { return static_cast<unsigned>(machine.running->block->rank); }
 unsigned cluster_size() { return static_cast<unsigned>(machine.resident.size()); }
 
 }  // namespace simt

@@ -10,9 +10,15 @@
 
 namespace simt {
 
-enum class State : uint8_t { kReady, kAtBlockBarrier, kAtWarpOp, kAtResidentBarrier, kExited };
+enum class State : uint8_t { kReady, kAtBlockBarrier, kAtNamedBarrier, kAtWarpOp, kAtResidentBarrier, kExited };
 
 struct Block;
+
+struct AsyncCopy {
+  unsigned char* to;
+  const void* from;
+  size_t bytes, source_bytes;
+};
 
 struct Fiber {
   Context context;
@@ -20,15 +26,18 @@ struct Fiber {
   uint3 index;
   int thread, lane;  // linear index in the block; thread % 32
   State state;
-  Site site;   // where it waits
+  Site site;  // where it waits
 
   BlockOp block_op;
   int predicate;
-  const char* resident_what;
+  int named;  // barrier
+  void (*body)(void* const*);
+  const char* what;  // a resident barrier or a warp_call
   WarpOp warp_op;
   unsigned mask;
   uint64_t operand, result;
   int argument, width;
+  std::vector<std::vector<AsyncCopy>> async;  // groups, the last one not yet committed
 };
 
 struct Warp {
@@ -44,7 +53,8 @@ struct Access {
   uint32_t code = 0;  // offset of the instruction in this library
   uint16_t thread = 0;
   uint8_t atomic = 0;
-  uint8_t readers = 0;  // reads only: 0 one thread, 1 several lanes of a warp, 2 several warps
+  uint8_t in_flight = 0;  // writes only: by a cp.async that nobody has waited for
+  uint8_t readers = 0;    // reads only: 0 one thread, 1 several lanes of a warp, 2 several warps
 };
 
 struct Shadow {
@@ -58,11 +68,12 @@ struct Block {
   std::vector<Warp> warps;
   std::deque<Fiber*> ready;
   int at_barrier, exited;
+  int named_arrived[16];
 
-  uint32_t start_epoch, epoch;            // advance at block barriers and fences
-  std::vector<unsigned char> dynamic;     // redzone, dynamic shared memory, redzone
+  uint32_t start_epoch, epoch;             // advance at block barriers and fences
+  std::vector<unsigned char> dynamic;      // redzone, dynamic shared memory, redzone
   std::vector<unsigned char> static_copy;  // static shared memory while another block's is in place
-  std::vector<Shadow> shadow;             // static, then dynamic
+  std::vector<Shadow> shadow;              // static, then dynamic
 };
 
 struct Machine {
@@ -78,7 +89,7 @@ struct Machine {
   void* context = nullptr;
   size_t dynamic_bytes = 0;
   std::vector<Block> resident;
-  Block* block = nullptr;   // whose static shared memory is in place
+  Block* block = nullptr;  // whose static shared memory is in place
   Fiber* running = nullptr;
   Context main;
   uint64_t random = 0, spins = 0;

@@ -52,13 +52,16 @@ Library read_library() {
     const char* names = bytes.data() + sections[sections[s].sh_link].sh_offset;
     const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(bytes.data() + sections[s].sh_offset);
     for (size_t i = 0; i < sections[s].sh_size / sizeof(ElfW(Sym)); ++i) {
-      const ElfW(Sym)& symbol = symbols[i];
+      const ElfW(Sym) & symbol = symbols[i];
       const char* name = names + symbol.st_name;
       if (symbol.st_shndx == SHN_UNDEF) continue;
-      if (ELF64_ST_TYPE(symbol.st_info) == STT_FUNC) library.functions.push_back({symbol.st_value, symbol.st_size, name});
-      if (ELF64_ST_TYPE(symbol.st_info) == STT_TLS)
-        library.objects.push_back({demangled(name), symbol.st_value, symbol.st_size,
-                                   std::strstr(name, "simt_redzone") != nullptr, false});
+      if (ELF64_ST_TYPE(symbol.st_info) == STT_FUNC)
+        library.functions.push_back({symbol.st_value, symbol.st_size, name});
+      // A guard of an initialiser is not shared memory. It is poisoned like the rest, so that nothing is initialised,
+      // as on a device.
+      if (ELF64_ST_TYPE(symbol.st_info) == STT_TLS && std::strncmp(name, "_ZGV", 4) != 0)
+        library.objects.push_back(
+            {demangled(name), symbol.st_value, symbol.st_size, std::strstr(name, "simt_redzone") != nullptr, false});
     }
   }
   return library;

@@ -38,7 +38,7 @@
 #define SIMT_JOIN(a, b) SIMT_JOIN_(a, b)
 // Thread-local, because a launch runs on a thread of its own: the emulator finds, poisons and checks the library's
 // thread-local block as a whole. The redzone ends up next to the object; both are found through the symbol table.
-#define __shared__                                                                                            \
+#define __shared__                                                                                                \
   [[gnu::used]] static thread_local unsigned char SIMT_JOIN(simt_redzone_, __COUNTER__)[32] [[gnu::aligned(16)]]; \
   static thread_local
 #define VTK_DYNAMIC_SHARED(name) unsigned char* name = ::simt::dynamic_shared()
@@ -117,9 +117,15 @@ inline T __shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = 32, SIMT
   return simt::shuffle(simt::WarpOp::kShuffleXor, mask, x, lane_mask, width, site);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int x, SIMT_SITE) { return simt::vote(simt::WarpOp::kBallot, mask, x != 0, site); }
-inline int __any_sync(unsigned mask, int x, SIMT_SITE) { return static_cast<int>(simt::vote(simt::WarpOp::kAny, mask, x != 0, site)); }
-inline int __all_sync(unsigned mask, int x, SIMT_SITE) { return static_cast<int>(simt::vote(simt::WarpOp::kAll, mask, x != 0, site)); }
+inline unsigned __ballot_sync(unsigned mask, int x, SIMT_SITE) {
+  return simt::vote(simt::WarpOp::kBallot, mask, x != 0, site);
+}
+inline int __any_sync(unsigned mask, int x, SIMT_SITE) {
+  return static_cast<int>(simt::vote(simt::WarpOp::kAny, mask, x != 0, site));
+}
+inline int __all_sync(unsigned mask, int x, SIMT_SITE) {
+  return static_cast<int>(simt::vote(simt::WarpOp::kAll, mask, x != 0, site));
+}
 template <class T>
 inline unsigned __match_any_sync(unsigned mask, T x, SIMT_SITE) {
   return simt::vote(simt::WarpOp::kMatchAny, mask, simt::to_bits(x), site);
@@ -131,9 +137,9 @@ inline unsigned __match_all_sync(unsigned mask, T x, int* all, SIMT_SITE) {
   return members;
 }
 
-#define SIMT_REDUCE(name, type, op)                                                                   \
-  inline type name(unsigned mask, type x, SIMT_SITE) {                                                \
-    return static_cast<type>(simt::vote(simt::WarpOp::op, mask, static_cast<uint32_t>(x), site));      \
+#define SIMT_REDUCE(name, type, op)                                                               \
+  inline type name(unsigned mask, type x, SIMT_SITE) {                                            \
+    return static_cast<type>(simt::vote(simt::WarpOp::op, mask, static_cast<uint32_t>(x), site)); \
   }
 SIMT_REDUCE(__reduce_add_sync, unsigned, kAdd)
 SIMT_REDUCE(__reduce_add_sync, int, kAdd)
@@ -160,16 +166,16 @@ __attribute__((no_sanitize("thread"))) inline T atomic(T* address, const Update&
 
 }  // namespace simt
 
-#define SIMT_ATOMIC(name, expression)                                                                       \
-  template <class T>                                                       \
-  inline T name(T* address, std::type_identity_t<T> x) {                   \
-    return simt::atomic(address, [=](T old) -> T { return expression; });  \
+#define SIMT_ATOMIC(name, expression)                                     \
+  template <class T>                                                      \
+  inline T name(T* address, std::type_identity_t<T> x) {                  \
+    return simt::atomic(address, [=](T old) -> T { return expression; }); \
   }
 SIMT_ATOMIC(atomicAdd, old + x)
 SIMT_ATOMIC(atomicSub, old - x)
 SIMT_ATOMIC(atomicMax, old > x ? old : x)
 SIMT_ATOMIC(atomicMin, old < x ? old : x)
-SIMT_ATOMIC(atomicAnd, old & x)
+SIMT_ATOMIC(atomicAnd, old& x)
 SIMT_ATOMIC(atomicOr, old | x)
 SIMT_ATOMIC(atomicXor, old ^ x)
 SIMT_ATOMIC(atomicExch, (static_cast<void>(old), x))
@@ -225,11 +231,13 @@ inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 template <class T>
-inline T __ldg(const T* address) { return *address; }
+inline T __ldg(const T* address) {
+  return *address;
+}
 
 // As in CUDA: mixed types follow the usual conversions, and a NaN loses.
-#define SIMT_MIN_MAX(type)                                            \
-  inline type min(type a, type b) { return b < a ? b : a; }           \
+#define SIMT_MIN_MAX(type)                                  \
+  inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }
 SIMT_MIN_MAX(int)
 SIMT_MIN_MAX(unsigned)
@@ -270,7 +278,8 @@ inline cudaError_t cudaFuncSetAttribute(void (*kernel)(Args...), cudaFuncAttribu
   return simt::allow_shared(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 template <class... Args>
-inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Args...), int threads, size_t shared_bytes) {
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Args...), int threads,
+                                                                 size_t shared_bytes) {
   *blocks = simt::blocks_per_multiprocessor(threads, shared_bytes);
   return cudaSuccess;
 }
