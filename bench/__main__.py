@@ -36,7 +36,11 @@ def _show(results: list[harness.Result]) -> None:
         for r in rows:
             # Bytes that stay in cache can move faster than a copy of main memory: above 100 % is not an error.
             spread = f"{r.ours.median:.3f} [{r.ours.fastest:.3f}-{r.ours.slowest:.3f}]"
-            rates = (f"{r.gigabytes_per_second:.1f}", f"{r.bandwidth_fraction:.0%}", f"{r.gigaflops:.0f}" if r.gigaflops else "")
+            rates = (
+                f"{r.gigabytes_per_second:.1f}",
+                f"{r.bandwidth_fraction:.0%}",
+                f"{r.gigaflops:.0f}" if r.gigaflops else "",
+            )
             table.add_row(r.name, spread, *(_cell(r, p) for p in peers), *rates)
         console.print(table)
 

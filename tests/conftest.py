@@ -42,7 +42,9 @@ def _cuda_missing() -> str | None:
     return None if _library.LIBRARIES.cuda else f"libvtk_cuda.so is not loaded: {_library.LIBRARIES.cuda_reason}"
 
 
-@pytest.fixture(params=["cpu", pytest.param("simt", marks=pytest.mark.simt), pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(
+    params=["cpu", pytest.param("simt", marks=pytest.mark.simt), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
 def backend(request) -> Backend:
     if request.param == "cpu":
         return Backend("cpu", torch.device("cpu"), torch.ops.vtk)

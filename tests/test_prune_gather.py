@@ -66,7 +66,9 @@ def test_special_values(backend, order):
 @pytest.mark.parametrize("values", ["equal", "sorted", "reversed", "huge"])
 def test_patterns(backend, random, values):
     ramp = torch.arange(700.0)
-    row = {"equal": ramp * 0, "sorted": ramp, "reversed": -ramp, "huge": torch.randn(700, generator=random) * 1e30}[values]
+    row = {"equal": ramp * 0, "sorted": ramp, "reversed": -ramp, "huge": torch.randn(700, generator=random) * 1e30}[
+        values
+    ]
     check(backend, torch.randn(1, 700, 8, generator=random), row[None], 123)
 
 
@@ -90,7 +92,9 @@ def test_strided_views(backend, random, dtype):
 def test_row_sizes(backend, random):
     for width in (1, 2, 3, 4, 6, 8, 16, 17, 64, 100):
         for dtype in FLOATS:
-            check(backend, torch.randn(2, 21, width, generator=random).to(dtype), torch.randn(2, 21, generator=random), 9)
+            check(
+                backend, torch.randn(2, 21, width, generator=random).to(dtype), torch.randn(2, 21, generator=random), 9
+            )
 
 
 def test_long_segment(backend, random):
@@ -138,7 +142,9 @@ def test_tensors(backend, random):
         torch.arange(100, dtype=torch.uint8).reshape(2, 50),
     ]
     scores, dims = torch.randn(2, 50, generator=random), [1, 1, 2, 1, 1]
-    kept, indices = backend.ops.prune_gather.tensors([backend.put(t) for t in tensors], backend.put(scores), 11, token_dims=dims)
+    kept, indices = backend.ops.prune_gather.tensors(
+        [backend.put(t) for t in tensors], backend.put(scores), 11, token_dims=dims
+    )
     expected, expected_indices = reference.prune_gather_tensors(tensors, scores, 11, dims)
     assert indices.cpu().tolist() == expected_indices.tolist()
     for got, want in zip(kept, expected, strict=True):
@@ -163,7 +169,10 @@ def test_empty_batch(backend):
 
 
 def test_same_bits_for_any_thread_count(random):
-    tokens, scores = torch.randn(5, 3000, 16, generator=random), torch.randint(0, 50, (5, 3000), generator=random).float()
+    tokens, scores = (
+        torch.randn(5, 3000, 16, generator=random),
+        torch.randint(0, 50, (5, 3000), generator=random).float(),
+    )
     outs = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
@@ -171,6 +180,19 @@ def test_same_bits_for_any_thread_count(random):
     for out in outs[1:]:
         assert_same_bits(out[0], outs[0][0])
         assert_same_bits(out[1], outs[0][1])
+
+
+@pytest.mark.parametrize("width", [96, 4096])  # memory from malloc, and blocks that are kept and handed out again
+def test_reused_output_memory_is_never_shared(random, width):
+    tokens = torch.randn(2, 1400, width, generator=random)
+    alive = []
+    for seed in range(4):
+        scores = torch.randn(2, 1400, generator=random.manual_seed(seed))
+        kept, indices = torch.ops.vtk.prune_gather(tokens, scores, 1200)
+        alive = [*alive[-1:], (kept, indices)]  # frees the one before the last
+        for rows, index in alive:
+            assert torch.equal(rows, tokens.gather(1, index[..., None].expand_as(rows)))
+    assert alive[0][0].data_ptr() != alive[1][0].data_ptr()
 
 
 # Gradients.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-VERSION = "0.1.0"
 TARGET_TORCH = (2, 10)  # the stable ABI that csrc/ is compiled for: TORCH_TARGET_VERSION in CMakeLists.txt
 
 _FOLDER = Path(__file__).parent / "lib"

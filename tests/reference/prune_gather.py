@@ -71,7 +71,9 @@ def prune_gather_varlen(
 def prune_gather_tensors(
     tensors: list[Tensor], scores: Tensor, keep: int, token_dims: list[int] | None = None, **options
 ) -> tuple[list[Tensor], Tensor]:
-    _, indices = prune_gather(scores[..., None] if scores.dim() == 2 else scores[:, 0, :, None], scores, keep, **options)
+    _, indices = prune_gather(
+        scores[..., None] if scores.dim() == 2 else scores[:, 0, :, None], scores, keep, **options
+    )
     kept = []
     for tensor, dim in zip(tensors, token_dims or [1] * len(tensors), strict=True):
         batched = tensor.expand(*tensor.shape[: dim - 1], scores.shape[0], *tensor.shape[dim:]).movedim(dim - 1, 0)
