@@ -34,6 +34,7 @@ function(vtk_simt_library target kernels others kernel_flags flags)
     # NOTE: -fno-strict-aliasing: CuTe recasts registers, and gives wrong results on the host without it.
     target_compile_options(${each} PRIVATE -O1 -g -fno-strict-aliasing ${flags})
     target_compile_definitions(${each} PRIVATE VTK_BACKEND_CUDA VTK_BACKEND_SIMT)
+    set_target_properties(${each} PROPERTIES CXX_STANDARD 20)  # the emulated headers; kernels stay C++17 for nvcc
     target_include_directories(${each} BEFORE PRIVATE ${simt_folder}/include)
     target_include_directories(${each} SYSTEM PRIVATE
       ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})

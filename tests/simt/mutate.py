@@ -31,12 +31,18 @@ def mutants(text: str):
         for pattern, replacement in ((BARRIER, ""), (BOUND, "<=")):
             for match in pattern.finditer(code):
                 changed = line[: match.start()] + replacement + line[match.end() :]
-                yield number + 1, changed.strip() or f"removed {match[0]}", "\n".join([*lines[:number], changed, *lines[number + 1 :]])
+                yield (
+                    number + 1,
+                    changed.strip() or f"removed {match[0]}",
+                    "\n".join([*lines[:number], changed, *lines[number + 1 :]]),
+                )
 
 
 def build(kernel: str, tree: Path, build_folder: Path, out: Path) -> bool:
     """Links libvtk_simt.so with the kernel of `tree` in place of the built one."""
-    commands = subprocess.check_output(["ninja", "-C", build_folder, "-t", "commands", "vtk_simt"], text=True).splitlines()
+    commands = subprocess.check_output(
+        ["ninja", "-C", build_folder, "-t", "commands", "vtk_simt"], text=True
+    ).splitlines()
     source = f"simt/csrc/{kernel}.cu.cpp"
     compile_command = next(c for c in commands if f"{source} " in c + " " and " -c " in c)
     object_file = re.search(r" -o (\S+)", compile_command)[1]

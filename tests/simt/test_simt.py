@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from vtkernels.testing.compare import assert_same_bits
 
 from tests.reference import prune_gather as reference
 from tests.simt import emulator
+from vtkernels.testing.compare import assert_same_bits
 
 pytestmark = [
     pytest.mark.simt,
@@ -164,6 +164,7 @@ def test_prune_gather_under_any_schedule(random, seed, multiprocessors):
 
 
 # ASan and UBSan: in a process of its own, because the runtime must be there before Python.
+
 
 def run_sanitized(code: str) -> subprocess.CompletedProcess:
     ask = [["g++", f"-print-file-name=lib{name}.so"] for name in ("asan", "ubsan")]
