@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/host_memory.h"
@@ -60,7 +61,11 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Te
 #endif
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+#if defined(VTK_BACKEND_SIMT)  // poison: NaN, -1
+  if (any) std::memset(out.mutable_data_ptr(), 0xff, bytes);
+#endif
+  return out;
 }
 
 }  // namespace vtk
