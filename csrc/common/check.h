@@ -1,10 +1,8 @@
 // Argument checks of the ops. Every message names the op and the argument, what was expected and what came.
 #pragma once
-#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -28,9 +26,9 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-#define VTK_CHECK(op, condition, ...)                 \
-  do {                                                \
-    if (!(condition)) ::vtk::fail(op, __VA_ARGS__);   \
+#define VTK_CHECK(op, condition, ...)               \
+  do {                                              \
+    if (!(condition)) ::vtk::fail(op, __VA_ARGS__); \
   } while (false)
 
 inline std::string shape_text(const Tensor& tensor) {
@@ -47,22 +45,6 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
   for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
   out << ']';
   return out.str();
-}
-
-// An uninitialised contiguous tensor on the device of `like`. NOTE: torch::stable::new_empty goes through the boxed
-// dispatcher (about 1.5 us more a call); this is the direct C entry.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, like.get_device_index(),
-      &handle));
-  return Tensor(handle);
 }
 
 // names: the symbols of the shape, for example "[B, N]".

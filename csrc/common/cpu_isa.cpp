@@ -39,4 +39,4 @@ const char* cpu_isa_name() {
 }  // namespace vtk
 
 // Read by `vtk env` through ctypes.
-extern "C" const char* vtk_cpu_isa() { return vtk::cpu_isa_name(); }
+extern "C" __attribute__((visibility("default"))) const char* vtk_cpu_isa() { return vtk::cpu_isa_name(); }

@@ -19,19 +19,19 @@ const char* cpu_isa_name();
 }  // namespace vtk
 
 #if defined(VTK_CPU_X86)
-#define VTK_CPU_KERNEL(Result, name, Params)                            \
-  namespace generic { Result name(const Params&); }                     \
-  namespace avx2 { Result name(const Params&); }                        \
-  namespace avx512 { Result name(const Params&); }                      \
-  inline Result name(const Params& params) {                            \
-    switch (cpu_isa()) {                                                \
-      case CpuIsa::kAvx512: return avx512::name(params);                \
-      case CpuIsa::kAvx2: return avx2::name(params);                    \
-      default: return generic::name(params);                            \
-    }                                                                   \
+#define VTK_CPU_KERNEL(Result, name, Params)             \
+  namespace generic { Result name(const Params&); }      \
+  namespace avx2 { Result name(const Params&); }         \
+  namespace avx512 { Result name(const Params&); }       \
+  inline Result name(const Params& params) {             \
+    switch (cpu_isa()) {                                 \
+      case CpuIsa::kAvx512: return avx512::name(params); \
+      case CpuIsa::kAvx2: return avx2::name(params);     \
+      default: return generic::name(params);             \
+    }                                                    \
   }
 #else
-#define VTK_CPU_KERNEL(Result, name, Params)                            \
-  namespace generic { Result name(const Params&); }                     \
+#define VTK_CPU_KERNEL(Result, name, Params)        \
+  namespace generic { Result name(const Params&); } \
   inline Result name(const Params& params) { return generic::name(params); }
 #endif

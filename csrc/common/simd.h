@@ -28,12 +28,20 @@ typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 static inline f32v splat(float x) { return x - f32v{}; }
 
-static inline f32v load(const float* p) { f32v v; std::memcpy(&v, p, sizeof v); return v; }
+static inline f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 
 static inline f32v load(const bf16* p) {
@@ -85,6 +93,46 @@ static inline f32v load(const f16* p) {
 }
 
 static inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
+
+// One bit a lane from a comparison's result.
+static inline uint32_t mask_bits(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(mask[lane] != 0) << lane;
+  return bits;
+#endif
+}
+
+// Copies past the caches: for outputs that do not fit them anyway, so that no line is read before it is written.
+static inline void stream_copy(char* to, const char* from, size_t bytes) {
+#if defined(__AVX2__)
+  size_t head = -reinterpret_cast<uintptr_t>(to) % sizeof(__m256i);
+  if (bytes < 4 * sizeof(__m256i) + head) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  std::memcpy(to, from, head);
+  for (; head + sizeof(__m256i) <= bytes; head += sizeof(__m256i))
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + head),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + head)));
+  std::memcpy(to + head, from + head, bytes - head);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// Makes streamed stores visible to other threads; once after a series of stream_copy.
+static inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // Lane sums in one fixed tree, so that a result never depends on how the compiler reduces.
 static inline float sum(f32v v) {

@@ -21,10 +21,11 @@ struct LaunchShape {
 };
 
 template <class... Expected, class... Actual>
-inline cudaError_t launch(void (*kernel)(Expected...), const LaunchShape& shape, cudaStream_t stream, Actual&&... args) {
+inline cudaError_t launch(void (*kernel)(Expected...), const LaunchShape& shape, cudaStream_t stream,
+                          Actual&&... args) {
   if (shape.shared_bytes > kOptInDynamicBytes) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shape.shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

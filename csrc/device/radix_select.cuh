@@ -45,7 +45,8 @@ __device__ Threshold radix_select(const KeyAt& key_at, int32_t count, int32_t k,
       if (above < remaining && remaining <= above + own) {  // exactly one lane holds the k-th key
         int bin = top;
         int32_t left = remaining - above;
-        while (static_cast<int32_t>(storage.histogram[bin]) < left) left -= static_cast<int32_t>(storage.histogram[bin--]);
+        while (static_cast<int32_t>(storage.histogram[bin]) < left)
+          left -= static_cast<int32_t>(storage.histogram[bin--]);
         storage.digit = static_cast<uint32_t>(bin);
         storage.remaining = left;
       }

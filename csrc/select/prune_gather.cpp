@@ -7,6 +7,7 @@
 
 #include "common/backend.h"
 #include "common/check.h"
+#include "common/empty.h"
 
 namespace vtk {
 namespace {
@@ -105,10 +106,10 @@ void check_conflict(const PruneGatherConflict& c, const char* row_name) {
   using Kind = PruneGatherConflict::Kind;
   VTK_CHECK(kOp, c.kind != Kind::kKeptAndDropped, "token ", c.count, " of ", row_name, " ", c.segment,
             " is set in both keep_mask and drop_mask");
-  VTK_CHECK(kOp, c.kind != Kind::kTooManyForced, "keep_mask forces ", c.count, " tokens of ", row_name, " ",
-            c.segment, " but keep = ", c.keep);
-  VTK_CHECK(kOp, c.kind != Kind::kTooFewAllowed, "drop_mask leaves ", c.count, " tokens of ", row_name, " ",
-            c.segment, " but keep = ", c.keep);
+  VTK_CHECK(kOp, c.kind != Kind::kTooManyForced, "keep_mask forces ", c.count, " tokens of ", row_name, " ", c.segment,
+            " but keep = ", c.keep);
+  VTK_CHECK(kOp, c.kind != Kind::kTooFewAllowed, "drop_mask leaves ", c.count, " tokens of ", row_name, " ", c.segment,
+            " but keep = ", c.keep);
 }
 
 void run(const PruneGatherParams& p, const Tensor&, const char* row_name) {
@@ -123,8 +124,9 @@ std::tuple<Tensor, Tensor> prune_gather(const Tensor& tokens, const Tensor& scor
   check_tokens(tokens, scores, "scores", 3, "[B, N, D]");
   PruneGatherParams p = {};
   set_scores(p, scores, false, head_reduce);
-  VTK_CHECK(kOp, scores.size(0) == tokens.size(0) && p.num_tokens == tokens.size(1), "expected scores.shape = [B, N] = [",
-            tokens.size(0), ", ", tokens.size(1), "] or [B, H, N], got ", shape_text(scores));
+  VTK_CHECK(kOp, scores.size(0) == tokens.size(0) && p.num_tokens == tokens.size(1),
+            "expected scores.shape = [B, N] = [", tokens.size(0), ", ", tokens.size(1), "] or [B, H, N], got ",
+            shape_text(scores));
   check_keep(keep, p.num_tokens);
   set_masks(p, scores, false, keep_mask, drop_mask);
   p.keep = static_cast<int32_t>(keep);
@@ -138,14 +140,16 @@ std::tuple<Tensor, Tensor> prune_gather(const Tensor& tokens, const Tensor& scor
 }
 
 // prune_gather.tensors: one selection applied to several tensors of any dtype, in one launch.
-std::tuple<std::vector<Tensor>, Tensor> prune_gather_tensors(
-    const std::vector<Tensor>& tensors, const Tensor& scores, int64_t keep,
-    const std::optional<std::vector<int64_t>>& token_dims, const OptTensor& keep_mask, const OptTensor& drop_mask,
-    const std::string& head_reduce, const std::string& order) {
+std::tuple<std::vector<Tensor>, Tensor> prune_gather_tensors(const std::vector<Tensor>& tensors, const Tensor& scores,
+                                                             int64_t keep,
+                                                             const std::optional<std::vector<int64_t>>& token_dims,
+                                                             const OptTensor& keep_mask, const OptTensor& drop_mask,
+                                                             const std::string& head_reduce, const std::string& order) {
   VTK_CHECK(kOp, !tensors.empty() && tensors.size() <= kMaxGatherTensors, "expected 1 to ", kMaxGatherTensors,
             " tensors, got ", tensors.size());
-  VTK_CHECK(kOp, !token_dims.has_value() || token_dims->size() == tensors.size(), "expected one token_dims entry for each of the ",
-            tensors.size(), " tensors, got ", token_dims.has_value() ? token_dims->size() : 0);
+  VTK_CHECK(kOp, !token_dims.has_value() || token_dims->size() == tensors.size(),
+            "expected one token_dims entry for each of the ", tensors.size(), " tensors, got ",
+            token_dims.has_value() ? token_dims->size() : 0);
   PruneGatherParams p = {};
   set_scores(p, scores, false, head_reduce);
   check_keep(keep, p.num_tokens);
@@ -192,8 +196,8 @@ int64_t sum_of_keeps(const Tensor& cu_seqlens, const Tensor& keep, int64_t token
   cudaError_t error = cudaMemcpyAsync(bounds.data(), cu_seqlens.const_data_ptr(), bounds.size() * sizeof(int32_t),
                                       cudaMemcpyDeviceToHost, stream);
   if (error == cudaSuccess)
-    error = cudaMemcpyAsync(keeps.data(), keep.const_data_ptr(), keeps.size() * sizeof(int32_t),
-                            cudaMemcpyDeviceToHost, stream);
+    error = cudaMemcpyAsync(keeps.data(), keep.const_data_ptr(), keeps.size() * sizeof(int32_t), cudaMemcpyDeviceToHost,
+                            stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   VTK_CHECK(kOp, error == cudaSuccess, "reading keep failed: ", cudaGetErrorString(error),
             "; pass total_keep to avoid the read (needed under CUDA-graph capture)");
@@ -217,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> prune_gather_varlen(const Tensor& tokens, con
   check_tokens(tokens, scores, "scores", 2, "[T, D]");
   PruneGatherParams p = {};
   set_scores(p, scores, true, head_reduce);
-  VTK_CHECK(kOp, p.num_tokens == tokens.size(0), "expected scores.shape = [T] = [", tokens.size(0),
-            "] or [H, T], got ", shape_text(scores));
+  VTK_CHECK(kOp, p.num_tokens == tokens.size(0), "expected scores.shape = [T] = [", tokens.size(0), "] or [H, T], got ",
+            shape_text(scores));
   set_masks(p, scores, true, keep_mask, drop_mask);
   p.order = parse_order(kOp, order, "score");
 
@@ -263,11 +267,10 @@ std::tuple<Tensor, Tensor, Tensor> prune_gather_varlen(const Tensor& tokens, con
 Tensor attention_scores(const Tensor& query, const Tensor& key, std::optional<double> scale, const OptTensor& lse,
                         const std::string& head_reduce, const std::string& query_reduce) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack = {from(query),        from(key),         from(scale),
-                                       from(lse),          from(head_reduce), from(query_reduce),
-                                       from(false),        from(OptTensor{}), from(OptTensor{})};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("vtk::attention_scores", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 9> stack = {from(query), from(key),         from(scale),
+                                       from(lse),   from(head_reduce), from(query_reduce),
+                                       from(false), from(OptTensor{}), from(OptTensor{})};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vtk::attention_scores", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -279,8 +282,8 @@ std::tuple<Tensor, Tensor, Tensor> prune_gather_attention(const Tensor& tokens, 
                                                           const OptTensor& drop_mask, const std::string& order) {
   check_tokens(tokens, query, "query", 3, "[B, N, D]");
   parse_reduce(kOp, "head_reduce", head_reduce, false);
-  VTK_CHECK(kOp, key.dim() == 4 && key.size(2) == tokens.size(1), "expected key of shape [B, Hk, N, D] with N = ",
-            tokens.size(1), " as in tokens, got ", shape_text(key));
+  VTK_CHECK(kOp, key.dim() == 4 && key.size(2) == tokens.size(1),
+            "expected key of shape [B, Hk, N, D] with N = ", tokens.size(1), " as in tokens, got ", shape_text(key));
   Tensor scores = attention_scores(query, key, scale, lse, head_reduce, query_reduce);
   auto [kept, indices] = prune_gather(tokens, scores, keep, keep_mask, drop_mask, "mean", order);
   return {kept, indices, scores};
@@ -290,11 +293,11 @@ std::tuple<Tensor, Tensor, Tensor> prune_gather_attention(const Tensor& tokens, 
 STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
   // Keep the `keep` highest scores of each batch row; ties: lower index; NaN below -inf.
   m.def(
-      "prune_gather(Tensor tokens, Tensor scores, int keep, *, Tensor? keep_mask=None, Tensor? drop_mask=None, "
+      "prune_gather(Tensor tokens, Tensor scores, SymInt keep, *, Tensor? keep_mask=None, Tensor? drop_mask=None, "
       "str head_reduce=\"mean\", str order=\"position\") -> (Tensor kept, Tensor indices)");
   // The same, scored by attention_scores(query, key).
   m.def(
-      "prune_gather.attention(Tensor tokens, Tensor query, Tensor key, int keep, *, float? scale=None, "
+      "prune_gather.attention(Tensor tokens, Tensor query, Tensor key, SymInt keep, *, float? scale=None, "
       "Tensor? lse=None, str head_reduce=\"mean\", str query_reduce=\"mean\", Tensor? keep_mask=None, "
       "Tensor? drop_mask=None, str order=\"position\") -> (Tensor kept, Tensor indices, Tensor scores)");
   // Packed sequences, each with its own budget. total_keep = sum(keep), when the caller knows it.
@@ -304,7 +307,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
       "-> (Tensor kept, Tensor indices, Tensor cu_kept)");
   // One selection over several tensors of any dtype; token_dims names each tensor's token dimension (default 1).
   m.def(
-      "prune_gather.tensors(Tensor[] tensors, Tensor scores, int keep, *, int[]? token_dims=None, "
+      "prune_gather.tensors(Tensor[] tensors, Tensor scores, SymInt keep, *, int[]? token_dims=None, "
       "Tensor? keep_mask=None, Tensor? drop_mask=None, str head_reduce=\"mean\", str order=\"position\") "
       "-> (Tensor[] kept, Tensor indices)");
 }

@@ -26,8 +26,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int32_t kMaxShare = 1024;            // output rows of one block
-constexpr int32_t kMaxCachedKeys = 24 << 10;   // 96 KiB of keys in shared memory
+constexpr int32_t kMaxShare = 1024;           // output rows of one block
+constexpr int32_t kMaxCachedKeys = 24 << 10;  // 96 KiB of keys in shared memory
 
 struct Segment {
   int64_t first;

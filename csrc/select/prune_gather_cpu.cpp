@@ -20,16 +20,17 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr uint32_t kDroppedKey = 0;            // drop_mask: below every score
-constexpr uint32_t kNanKey = 1;                // NaN ranks below -inf, whose key is 0x007fffff
-constexpr uint32_t kForcedKey = 0xffffffffu;   // keep_mask: above +inf, whose key is 0xff800000
+constexpr uint32_t kDroppedKey = 0;           // drop_mask: below every score
+constexpr uint32_t kNanKey = 1;               // NaN ranks below -inf, whose key is 0x007fffff
+constexpr uint32_t kForcedKey = 0xffffffffu;  // keep_mask: above +inf, whose key is 0xff800000
 constexpr int kBinBits = 10;
+constexpr int64_t kStreamBytes = 16 << 20;  // larger outputs leave the caches anyway: write past them
 
 struct Segment {
-  int64_t first;     // first token, in the packed tensor or 0
+  int64_t first;  // first token, in the packed tensor or 0
   int32_t tokens;
   int32_t keep;
-  int64_t out;       // first output row of the segment in `indices`
+  int64_t out;  // first output row of the segment in `indices`
 };
 
 Segment segment_of(const PruneGatherParams& p, int32_t s) {
@@ -101,8 +102,37 @@ PruneGatherConflict mask_keys(const PruneGatherParams& p, int32_t s, const Segme
 
 struct Threshold {
   uint32_t key;
-  int32_t ties;  // how many tokens equal to the key are kept
+  int32_t ties;   // how many tokens equal to the key are kept
+  bool all_ties;  // that is all of them
 };
+
+// Calls visit(i) in ascending order for each i whose key satisfies the comparison, given for vectors and scalars.
+template <class Compare, class Visit>
+void for_each_key(const uint32_t* keys, int32_t count, const Compare& compare, const Visit& visit) {
+  int32_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    u32v key;
+    std::memcpy(&key, keys + i, sizeof key);
+    for (uint32_t bits = mask_bits(compare(key)); bits != 0; bits &= bits - 1) visit(i + __builtin_ctz(bits));
+  }
+  for (; i < count; ++i)
+    if (compare(keys[i])) visit(i);
+}
+
+// The bin that holds the keep-th largest key; keep becomes the rank inside the bin. Sums of 32 bins are skipped first.
+uint32_t find_bin(const uint32_t* histogram, uint32_t top, int32_t& keep) {
+  constexpr uint32_t kGroup = 32;
+  uint32_t bin = top;
+  for (uint32_t group = top / kGroup;; --group) {
+    uint32_t sum = 0;
+    for (uint32_t b = 0; b < kGroup; ++b) sum += histogram[group * kGroup + b];
+    if (sum >= static_cast<uint32_t>(keep)) break;
+    keep -= static_cast<int32_t>(sum);
+    bin = group * kGroup - 1;
+  }
+  while (histogram[bin] < static_cast<uint32_t>(keep)) keep -= static_cast<int32_t>(histogram[bin--]);
+  return bin;
+}
 
 // The keep-th largest key, 1 <= keep <= count. `keys` is overwritten.
 Threshold find_threshold(uint32_t* keys, int32_t count, int32_t keep) {
@@ -112,42 +142,39 @@ Threshold find_threshold(uint32_t* keys, int32_t count, int32_t keep) {
       low = keys[i] < low ? keys[i] : low;
       high = keys[i] > high ? keys[i] : high;
     }
-    if (low == high) return {low, keep};
-    int shift = std::max(0, 32 - __builtin_clz(high - low) - kBinBits);
+    if (low == high) return {low, keep, keep == count};
+    const int shift = std::max(0, 32 - __builtin_clz(high - low) - kBinBits);
 
     uint32_t histogram[1 << kBinBits] = {};
     for (int32_t i = 0; i < count; ++i) ++histogram[(keys[i] - low) >> shift];
-    uint32_t bin = (high - low) >> shift;
-    while (histogram[bin] < static_cast<uint32_t>(keep)) keep -= static_cast<int32_t>(histogram[bin--]);
+    const uint32_t bin = find_bin(histogram, (high - low) >> shift, keep);
 
     int32_t left = 0;
-    for (int32_t i = 0; i < count; ++i) {  // branch-free compaction of the bin that holds the threshold
-      uint32_t key = keys[i];
-      keys[left] = key;
-      left += ((key - low) >> shift) == bin;
-    }
-    if (shift == 0) return {keys[0], keep};
+    for_each_key(
+        keys, count, [&](auto key) { return ((key - low) >> shift) == bin; },
+        [&](int32_t i) { keys[left++] = keys[i]; });
     count = left;
   }
 }
 
-// Writes the kept tokens in ascending order. `kept` has room for keep + 1: the loop writes ahead.
+// Writes the kept tokens in ascending order.
 void emit_kept(const uint32_t* keys, int32_t tokens, Threshold threshold, int64_t first, int64_t* kept) {
-  int64_t slot = 0;
-  int32_t ties = threshold.ties;
-  for (int32_t n = 0; n < tokens; ++n) {
-    bool tie = (keys[n] == threshold.key) & (ties > 0);
-    kept[slot] = first + n;
-    slot += (keys[n] > threshold.key) | tie;
-    ties -= tie;
+  if (threshold.all_ties) {
+    for_each_key(keys, tokens, [&](auto key) { return key >= threshold.key; }, [&](int32_t n) { *kept++ = first + n; });
+    return;
   }
+  int32_t ties = threshold.ties;
+  for_each_key(
+      keys, tokens, [&](auto key) { return key >= threshold.key; },
+      [&](int32_t n) {
+        if (keys[n] == threshold.key && ties-- <= 0) return;
+        *kept++ = first + n;
+      });
 }
 
 struct Scratch {
   std::unique_ptr<uint32_t[]> keys, spare;
-  std::unique_ptr<int64_t[]> kept;
-  explicit Scratch(int32_t tokens)
-      : keys(new uint32_t[tokens]), spare(new uint32_t[tokens]), kept(new int64_t[int64_t{tokens} + 1]) {}
+  explicit Scratch(int32_t tokens) : keys(new uint32_t[tokens]), spare(new uint32_t[tokens]) {}
 };
 
 PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, Scratch& scratch) {
@@ -165,14 +192,13 @@ PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, Scratc
   if (seg.keep == 0) return {};
   std::copy_n(keys, seg.tokens, scratch.spare.get());
   Threshold threshold = find_threshold(scratch.spare.get(), seg.tokens, seg.keep);
-  int64_t* kept = scratch.kept.get();
+  int64_t* kept = p.indices + seg.out;
   emit_kept(keys, seg.tokens, threshold, seg.first, kept);
   if (p.order == Order::kRank)
     std::sort(kept, kept + seg.keep, [&](int64_t a, int64_t b) {
       uint32_t key_a = keys[a - seg.first], key_b = keys[b - seg.first];
       return key_a != key_b ? key_a > key_b : a < b;
     });
-  std::copy_n(kept, seg.keep, p.indices + seg.out);
   return {};
 }
 
@@ -190,14 +216,20 @@ PruneGatherConflict select_all(const PruneGatherParams& p) {
   return {};
 }
 
-void copy_rows(const GatherRows& rows, const PruneGatherParams& p, int64_t begin, int64_t end) {
+void copy_rows(const GatherRows& rows, const PruneGatherParams& p, int64_t begin, int64_t end, bool stream) {
   int64_t kept = p.cu_seqlens == nullptr ? int64_t{p.num_segments} * p.keep : p.total_keep;
   for (int64_t r = begin; r < end; ++r) {
     int64_t outer = r / kept, row = r % kept;
     int64_t batch = p.cu_seqlens == nullptr ? row / p.keep : 0;
-    const char* in = rows.in + outer * rows.stride_outer + batch * rows.stride_batch + p.indices[row] * rows.stride_token;
-    std::memcpy(rows.out + r * rows.row_bytes, in, static_cast<size_t>(rows.row_bytes));
+    const char* in =
+        rows.in + outer * rows.stride_outer + batch * rows.stride_batch + p.indices[row] * rows.stride_token;
+    char* out = rows.out + r * rows.row_bytes;
+    if (stream)
+      stream_copy(out, in, static_cast<size_t>(rows.row_bytes));
+    else
+      std::memcpy(out, in, static_cast<size_t>(rows.row_bytes));
   }
+  if (stream) stream_fence();
 }
 
 }  // namespace
@@ -215,8 +247,9 @@ PruneGatherConflict prune_gather_cpu(const PruneGatherParams& p) {
   for (int32_t t = 0; t < p.num_rows; ++t) {
     const GatherRows& rows = p.rows[t];
     if (rows.row_bytes == 0) continue;
+    bool stream = rows.outer * kept * rows.row_bytes >= kStreamBytes;
     int64_t grain = std::max<int64_t>(1, (64 << 10) / rows.row_bytes);
-    parallel_for(rows.outer * kept, grain, [&](int64_t begin, int64_t end) { copy_rows(rows, p, begin, end); });
+    parallel_for(rows.outer * kept, grain, [&](int64_t begin, int64_t end) { copy_rows(rows, p, begin, end, stream); });
   }
   return {};
 }

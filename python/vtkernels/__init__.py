@@ -4,7 +4,8 @@ The ops live in ``torch.ops.vtk``; this package loads them, documents them, and 
 published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 """
 
-from vtkernels import _library
+from vtkernels import _library  # noqa: F401  (loads the ops)
+from vtkernels._version import VERSION as __version__
 from vtkernels.ops.score import attention_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -15,9 +16,8 @@ from vtkernels.ops.select import (
     select_diverse,
 )
 
-__version__ = _library.VERSION
-
 __all__ = [
+    "__version__",
     "attention_scores",
     "prune_gather",
     "prune_gather_attention",

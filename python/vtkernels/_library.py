@@ -6,13 +6,13 @@ loaded only when this torch was built with CUDA: its current-stream symbol does 
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-VERSION = "0.1.0"
 TARGET_TORCH = (2, 10)  # the stable ABI that csrc/ is compiled for: TORCH_TARGET_VERSION in CMakeLists.txt
 
 _FOLDER = Path(__file__).parent / "lib"
@@ -65,3 +65,10 @@ def load() -> Libraries:
 
 
 LIBRARIES = load()
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels run with: generic, avx2 or avx512 (VTK_CPU_ISA lowers it)."""
+    name = ctypes.CDLL(str(LIBRARIES.cpu)).vtk_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()

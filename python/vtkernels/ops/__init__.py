@@ -1,1 +1,16 @@
-"""One module a family: the public function, its docstring, its fake (meta) kernel and its autograd."""
+"""One module a family: the public function, its docstring, its fake (meta) kernel and its autograd.
+
+``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
+"""
+
+from vtkernels.ops import score, select
+
+PUBLIC = {
+    "attention_scores": score.attention_scores,
+    "prune_gather": select.prune_gather,
+    "prune_gather.attention": select.prune_gather_attention,
+    "prune_gather.varlen": select.prune_gather_varlen,
+    "prune_gather.tensors": select.prune_gather_tensors,
+    "select_diverse": select.select_diverse,
+    "select_cover": select.select_cover,
+}

@@ -19,5 +19,13 @@ def attention_scores(
     query_mask: Tensor | None = None,
 ) -> Tensor:
     return torch.ops.vtk.attention_scores(
-        query, key, scale=scale, lse=lse, head_reduce=head_reduce, query_reduce=query_reduce,
-        causal=causal, key_mask=key_mask, query_mask=query_mask)
+        query,
+        key,
+        scale=scale,
+        lse=lse,
+        head_reduce=head_reduce,
+        query_reduce=query_reduce,
+        causal=causal,
+        key_mask=key_mask,
+        query_mask=query_mask,
+    )

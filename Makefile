@@ -1,0 +1,42 @@
+# make demo   set up, build, and see a vision-language model prune its visual tokens
+# make test   set up, build, and run every check that CI runs
+# make bench  the benchmarks against the peers
+# Everything goes into .venv and build/; nothing else on the machine is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc cmake tests/simt -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.built
+	$(BIN)/vtk demo
+
+test: $(VENV)/.built lint
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.built
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/mypy
+
+# NOTE: --no-build-isolation builds against the torch just installed; an isolated build would download another one.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	CMAKE_ARGS="-DVTK_WERROR=ON -DVTK_SIMT=ON $(CMAKE_ARGS)" $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	$(BIN)/vtk env
+	touch $@
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build python/vtkernels/lib python/*.egg-info

@@ -1,0 +1,1 @@
+"""What our own tests and benchmarks use, shipped so that users can rerun our numbers."""

@@ -1,0 +1,62 @@
+"""Times several callables against each other in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: the median over rounds, and the fastest and slowest round."""
+
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+
+
+def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def compare_times(
+    calls: dict[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    rounds: int = 15,
+    round_seconds: float = 0.02,
+) -> dict[str, Timing]:
+    """Times every callable in interleaved rounds, so that a slow phase of the machine hits all of them alike.
+
+    Args:
+        calls: name to callable without arguments; each is warmed up first (compilation stays out of the figures).
+        device: ``"cuda"`` times with events.
+        rounds: interleaved rounds; the median over rounds is the figure.
+        round_seconds: how long one callable runs in one round, at least one call.
+    """
+    device = torch.device(device)
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        repeats[name] = max(1, int(round_seconds / max(_seconds(call, 1, device), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(_seconds(call, repeats[name], device) * 1e3)
+    return {n: Timing(statistics.median(s), min(s), max(s), rounds) for n, s in samples.items()}

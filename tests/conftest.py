@@ -1,0 +1,82 @@
+"""The three backends that one test body runs on.
+
+cpu   the CPU kernels, torch.ops.vtk on CPU tensors
+simt  the CUDA sources under the host emulation, torch.ops.vtk_simt on CPU tensors
+cuda  the CUDA kernels, torch.ops.vtk on CUDA tensors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vtkernels
+from vtkernels import _library
+
+SIMT_LIBRARY = Path(vtkernels.__file__).parent / "lib" / "libvtk_simt.so"
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: torch.device
+    ops: Any  # torch.ops.vtk or torch.ops.vtk_simt
+
+    @property
+    def checks_values(self) -> bool:
+        """The CPU reports contradictory values; CUDA sources clamp them, because a report needs a sync."""
+        return self.name == "cpu"
+
+    def put(self, *tensors: torch.Tensor):
+        moved = [t.to(self.device) for t in tensors]
+        return moved[0] if len(moved) == 1 else moved
+
+
+def _cuda_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU on this machine"
+    return None if _library.LIBRARIES.cuda else f"libvtk_cuda.so is not loaded: {_library.LIBRARIES.cuda_reason}"
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("simt", marks=pytest.mark.simt), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+def backend(request) -> Backend:
+    if request.param == "cpu":
+        return Backend("cpu", torch.device("cpu"), torch.ops.vtk)
+    if request.param == "simt":
+        if not SIMT_LIBRARY.exists():
+            pytest.skip("libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)")
+        torch.ops.load_library(str(SIMT_LIBRARY))
+        return Backend("simt", torch.device("cpu"), torch.ops.vtk_simt)
+    if missing := _cuda_missing():
+        pytest.skip(missing)
+    return Backend("cuda", torch.device("cuda"), torch.ops.vtk)
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    return torch.Generator().manual_seed(20260)
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much is unproven here: a skipped backend is a fact about the run, not noise."""
+    waiting = {"cuda": 0, "simt": 0}
+    for report in terminalreporter.stats.get("skipped", []):
+        for name in waiting:
+            waiting[name] += f"[{name}" in report.nodeid or name in report.keywords
+    for name, count in waiting.items():
+        if count:
+            what = "a GPU" if name == "cuda" else "the emulation library (cmake -DVTK_SIMT=ON)"
+            terminalreporter.write_line(f"{count} {name} tests wait for {what}")
