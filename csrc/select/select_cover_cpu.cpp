@@ -15,6 +15,7 @@
 #include <limits>
 #include <memory>
 
+#include "common/aligned.h"
 #include "common/extremum.h"
 #include "common/parallel.h"
 
@@ -31,13 +32,14 @@ class LazyCover {
   LazyCover(const SelectCoverParams& p, int64_t b)
       : p_(p),
         vectors_((p.num_rows + kLanes - 1) / kLanes),
-        values_(new float[vectors_ * kLanes * p.num_tokens]),
+        values_(aligned_array<float>(vectors_ * kLanes * p.num_tokens)),
         rows_(new int32_t[vectors_ * p.num_tokens]),
-        covered_(new float[vectors_ * kLanes]()),
+        covered_(aligned_array<float>(vectors_ * kLanes)),
         score_(new float[p.num_tokens]),
         left_(new int32_t[p.num_tokens]),
         fresh_(new int32_t[p.num_tokens]),
         stale_(new int32_t[p.num_tokens]) {
+    std::fill_n(covered_.get(), vectors_ * kLanes, 0.0f);
     const int64_t tiles = (p.num_tokens + kTileColumns - 1) / kTileColumns;
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -156,9 +158,9 @@ class LazyCover {
 
   const SelectCoverParams& p_;
   const int64_t vectors_;              // lane vectors of a full column
-  std::unique_ptr<float[]> values_;    // [N, vectors, kLanes]; the first left[j] vectors of a column count
+  AlignedArray<float> values_;         // [N, vectors, kLanes]; the first left[j] vectors of a column count
   std::unique_ptr<int32_t[]> rows_;    // [N, vectors]: which vector of rows that is
-  std::unique_ptr<float[]> covered_;   // [vectors, kLanes]
+  AlignedArray<float> covered_;        // [vectors, kLanes]
   std::unique_ptr<float[]> score_;     // minus an upper bound of the value
   std::unique_ptr<int32_t[]> left_, fresh_, stale_;
   int32_t picked_ = 0;                 // fresh[j] == picked: score[j] is exact

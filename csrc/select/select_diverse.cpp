@@ -3,6 +3,7 @@
 
 #include "common/backend.h"
 #include "common/check.h"
+#include "common/empty.h"
 
 namespace vtk {
 namespace {

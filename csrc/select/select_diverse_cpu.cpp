@@ -21,6 +21,7 @@
 #include <limits>
 #include <memory>
 
+#include "common/aligned.h"
 #include "common/dot_panel.h"
 #include "common/extremum.h"
 #include "common/parallel.h"
@@ -82,7 +83,8 @@ int32_t first_pick(const SelectDiverseParams& p, int64_t b) {
 template <class T>
 void start(const SelectDiverseParams& p, int64_t b, const Rows<T>& rows, Item& item) {
   const int32_t seed = first_pick(p, b);
-  std::unique_ptr<float[]> panel(new float[panel_group_size(p.channels)]());
+  AlignedArray<float> panel = aligned_array<float>(panel_group_size(p.channels));
+  std::fill_n(panel.get(), panel_group_size(p.channels), 0.0f);
   pack_column(rows[seed], p.channels, 0, panel.get());
   parallel_for(p.num_tokens, rows.grain(1 << 16), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
@@ -110,7 +112,7 @@ class LazyMaxMin {
       : rows_(rows),
         item_(item),
         group_size_(panel_group_size(rows.channels)),
-        panel_(new float[(item.keep + kPanelWidth - 1) / kPanelWidth * group_size_]),
+        panel_(aligned_array<float>((item.keep + kPanelWidth - 1) / kPanelWidth * group_size_)),
         seen_(new int32_t[item.tokens]),
         stale_(new int32_t[item.tokens]) {
     std::fill_n(seen_.get(), item.tokens, 1);
@@ -180,7 +182,7 @@ class LazyMaxMin {
   const Rows<T> rows_;
   Item& item_;
   const int64_t group_size_;
-  std::unique_ptr<float[]> panel_;
+  AlignedArray<float> panel_;
   std::unique_ptr<int32_t[]> seen_, stale_;
 };
 
@@ -192,8 +194,8 @@ class SpeculativeMaxSum {
       : rows_(rows),
         item_(item),
         group_size_(panel_group_size(rows.channels)),
-        panel_(new float[kMaxAheadGroups * group_size_]),
-        cache_(new float[int64_t{kCachedRows} * item.tokens]),
+        panel_(aligned_array<float>(kMaxAheadGroups * group_size_)),
+        cache_(aligned_array<float>(int64_t{kCachedRows} * item.tokens)),
         slot_of_(new int32_t[item.tokens]),
         alive_(new int32_t[item.tokens]),
         draft_(new int32_t[item.tokens]) {
@@ -289,7 +291,7 @@ class SpeculativeMaxSum {
   const Rows<T> rows_;
   Item& item_;
   const int64_t group_size_;
-  std::unique_ptr<float[]> panel_, cache_;
+  AlignedArray<float> panel_, cache_;
   std::unique_ptr<int32_t[]> slot_of_, alive_, draft_;
   int32_t owner_[kCachedRows];  // token of each cached row, or -1
   int32_t next_slot_ = 0;
