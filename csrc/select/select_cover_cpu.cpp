@@ -157,13 +157,13 @@ class LazyCover {
   }
 
   const SelectCoverParams& p_;
-  const int64_t vectors_;              // lane vectors of a full column
-  AlignedArray<float> values_;         // [N, vectors, kLanes]; the first left[j] vectors of a column count
-  std::unique_ptr<int32_t[]> rows_;    // [N, vectors]: which vector of rows that is
-  AlignedArray<float> covered_;        // [vectors, kLanes]
-  std::unique_ptr<float[]> score_;     // minus an upper bound of the value
+  const int64_t vectors_;            // lane vectors of a full column
+  AlignedArray<float> values_;       // [N, vectors, kLanes]; the first left[j] vectors of a column count
+  std::unique_ptr<int32_t[]> rows_;  // [N, vectors]: which vector of rows that is
+  AlignedArray<float> covered_;      // [vectors, kLanes]
+  std::unique_ptr<float[]> score_;   // minus an upper bound of the value
   std::unique_ptr<int32_t[]> left_, fresh_, stale_;
-  int32_t picked_ = 0;                 // fresh[j] == picked: score[j] is exact
+  int32_t picked_ = 0;  // fresh[j] == picked: score[j] is exact
 };
 
 void select_item(const SelectCoverParams& p, int64_t b) {

@@ -14,20 +14,20 @@ namespace vtk {
 enum class DiverseMode : int32_t { kMaxMin, kMaxSum };
 
 struct SelectDiverseParams {
-  const void* features;   // [B, N, C], the last dimension contiguous; strides in elements
+  const void* features;  // [B, N, C], the last dimension contiguous; strides in elements
   DType dtype;
   int64_t stride_batch, stride_token;
-  const int64_t* seed;    // [B], null: the lowest allowed token. The CPU op has checked it; on CUDA nobody has read it
+  const int64_t* seed;  // [B], null: the lowest allowed token. The CPU op has checked it; on CUDA nobody has read it
   int64_t seed_stride;
-  MaskView drop_mask;     // [B, N]
-  int32_t batch;          // B
-  int32_t num_tokens;     // N
-  int32_t channels;       // C
-  int32_t keep;           // 1 <= keep <= N; the op returns early for 0
+  MaskView drop_mask;  // [B, N]
+  int32_t batch;       // B
+  int32_t num_tokens;  // N
+  int32_t channels;    // C
+  int32_t keep;        // 1 <= keep <= N; the op returns early for 0
   DiverseMode mode;
   Order order;
-  int64_t* indices;       // [B, keep]
-  void* workspace;        // CUDA only: select_diverse_workspace(params) bytes, not initialised
+  int64_t* indices;  // [B, keep]
+  void* workspace;   // CUDA only: select_diverse_workspace(params) bytes, not initialised
 };
 
 // A squared norm outside [kMinSquaredNorm, inf) has no float32 cosine: below, the token counts as a zero vector

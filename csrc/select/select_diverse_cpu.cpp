@@ -31,8 +31,8 @@ namespace VTK_ISA {
 namespace {
 
 constexpr float kExcluded = std::numeric_limits<float>::infinity();
-constexpr int kEagerRefreshes = 2;      // tokens refreshed best-first before a step sweeps over the others
-constexpr int kMaxAheadGroups = 4;      // similarity rows computed in one pass: up to 4 groups of 4
+constexpr int kEagerRefreshes = 2;  // tokens refreshed best-first before a step sweeps over the others
+constexpr int kMaxAheadGroups = 4;  // similarity rows computed in one pass: up to 4 groups of 4
 constexpr int kMaxAhead = kMaxAheadGroups * kPanelWidth;
 constexpr int32_t kDraftTokens = 192;
 constexpr int kCachedRows = 64;
@@ -44,7 +44,9 @@ struct Rows {
   int64_t channels;
   const T* operator[](int64_t token) const { return base + token * stride; }
   // Rows of one parallel range: enough work to pay for the fork.
-  int64_t grain(int64_t multiply_adds) const { return std::max<int64_t>(3, multiply_adds / std::max<int64_t>(1, channels)); }
+  int64_t grain(int64_t multiply_adds) const {
+    return std::max<int64_t>(3, multiply_adds / std::max<int64_t>(1, channels));
+  }
 };
 
 struct Item {
@@ -155,23 +157,26 @@ class LazyMaxMin {
   // Brings tokens up to date, all of them through one group of picks before the next group, so that a group is
   // read once; a token leaves when it no longer beats `best`.
   void refresh(int32_t* tokens, int64_t count, const Extremum& best) {
-    std::sort(tokens, tokens + count, [&](int32_t a, int32_t b) { return seen_[a] != seen_[b] ? seen_[a] < seen_[b] : a < b; });
+    std::sort(tokens, tokens + count,
+              [&](int32_t a, int32_t b) { return seen_[a] != seen_[b] ? seen_[a] < seen_[b] : a < b; });
     int64_t active = 0, waiting = 0;
     for (int32_t g = seen_[tokens[0]] / kPanelWidth; g * kPanelWidth < item_.count; ++g) {
-      while (waiting < count && seen_[tokens[waiting]] / kPanelWidth == g) std::swap(tokens[active++], tokens[waiting++]);
+      while (waiting < count && seen_[tokens[waiting]] / kPanelWidth == g)
+        std::swap(tokens[active++], tokens[waiting++]);
       if (active == 0) {
         if (waiting == count) return;
         continue;
       }
       const int32_t end = std::min((g + 1) * kPanelWidth, item_.count);
-      dot_rows<1>([&](int64_t i) { return rows_[tokens[i]]; }, 0, active, panel_.get() + g * group_size_, 1,
-                  rows_.channels, [&](int64_t i, const float* dots) {
-                    const int32_t j = tokens[i];
-                    for (int32_t k = seen_[j]; k < end; ++k)
-                      item_.score[j] = std::max(
-                          item_.score[j], dots[k % kPanelWidth] * item_.inverse[j] * item_.inverse[item_.picks[k]]);
-                    seen_[j] = end;
-                  });
+      dot_rows<1>(
+          [&](int64_t i) { return rows_[tokens[i]]; }, 0, active, panel_.get() + g * group_size_, 1, rows_.channels,
+          [&](int64_t i, const float* dots) {
+            const int32_t j = tokens[i];
+            for (int32_t k = seen_[j]; k < end; ++k)
+              item_.score[j] =
+                  std::max(item_.score[j], dots[k % kPanelWidth] * item_.inverse[j] * item_.inverse[item_.picks[k]]);
+            seen_[j] = end;
+          });
       int64_t left = 0;
       for (int64_t i = 0; i < active; ++i)
         if (before(item_.score[tokens[i]], tokens[i], best)) std::swap(tokens[left++], tokens[i]);
@@ -295,7 +300,7 @@ class SpeculativeMaxSum {
   std::unique_ptr<int32_t[]> slot_of_, alive_, draft_;
   int32_t owner_[kCachedRows];  // token of each cached row, or -1
   int32_t next_slot_ = 0;
-  int served_ = kMaxAhead;      // picks since the last pass
+  int served_ = kMaxAhead;  // picks since the last pass
 };
 
 template <class Greedy, class T>
