@@ -1,5 +1,7 @@
 // A barrier over a group of blocks that are all resident (LaunchShape.cooperative).
 #pragma once
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace vtk {
