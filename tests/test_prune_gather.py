@@ -182,6 +182,19 @@ def test_same_bits_for_any_thread_count(random):
         assert_same_bits(out[1], outs[0][1])
 
 
+@pytest.mark.parametrize("width", [96, 4096])  # memory from malloc, and blocks that are kept and handed out again
+def test_reused_output_memory_is_never_shared(random, width):
+    tokens = torch.randn(2, 1400, width, generator=random)
+    alive = []
+    for seed in range(4):
+        scores = torch.randn(2, 1400, generator=random.manual_seed(seed))
+        kept, indices = torch.ops.vtk.prune_gather(tokens, scores, 1200)
+        alive = [*alive[-1:], (kept, indices)]  # frees the one before the last
+        for rows, index in alive:
+            assert torch.equal(rows, tokens.gather(1, index[..., None].expand_as(rows)))
+    assert alive[0][0].data_ptr() != alive[1][0].data_ptr()
+
+
 # Gradients.
 
 

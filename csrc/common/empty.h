@@ -6,8 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstring>
 #include <vector>
+
+#include "common/host_memory.h"
 
 namespace vtk {
 
@@ -26,14 +28,11 @@ inline FromBlob* from_blob_with_deleter() {
   return found;
 }
 
-inline constexpr size_t kMallocBytes = 256 << 10;  // from here on page faults cost more than the call
+inline constexpr size_t kHostMemoryBytes = 256 << 10;  // from here on page faults cost more than the call
 
-// A contiguous tensor of `like`'s device.
+// A contiguous tensor of `like`'s device. Large CPU tensors come from common/host_memory.h.
 //
-// NOTE: two detours, both measured. torch::stable::new_empty goes through the boxed dispatcher, 1.5 us more a call
-// than the C entry below. And torch allocates CPU memory with posix_memalign, whose freed blocks glibc before 2.38
-// never hands out again for the same size: a 4 MB output is 1024 page faults a call, many times the copy itself.
-// Plain malloc reuses them, so large CPU outputs are malloc blocks that torch frees through a deleter.
+// NOTE: torch::stable::new_empty goes through the boxed dispatcher, 1.5 us more a call than the C entry below.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t count = 1;
@@ -48,22 +47,25 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Te
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle = nullptr;
 
-  const size_t bytes = any ? static_cast<size_t>(count) * aoti_torch_dtype_element_size(dtype) : 0;
-  if (device == aoti_torch_device_type_cpu() && bytes >= kMallocBytes && from_blob_with_deleter() != nullptr) {
-    constexpr size_t kAlign = 64;  // as torch aligns
-    void* block = std::malloc(bytes + kAlign);
-    if (block != nullptr) {
-      void* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block) + kAlign) & ~(kAlign - 1));
-      auto release = [](void*, void* context) { std::free(context); };
-      STABLE_TORCH_ERROR_CODE_CHECK(from_blob_with_deleter()(data, dims, sizes.data(), strides.data(), 0, dtype, device,
-                                                             like.get_device_index(), &handle,
-                                                             aoti_torch_layout_strided(), nullptr, 0, release, block));
+  [[maybe_unused]] const size_t bytes = any ? static_cast<size_t>(count) * aoti_torch_dtype_element_size(dtype) : 0;
+#if !defined(VTK_BACKEND_CUDA)
+  if (bytes >= kHostMemoryBytes && from_blob_with_deleter() != nullptr) {
+    if (void* data = allocate_host(bytes)) {
+      auto release = [](void* data, void* context) { free_host(data, reinterpret_cast<size_t>(context)); };
+      STABLE_TORCH_ERROR_CODE_CHECK(from_blob_with_deleter()(
+          data, dims, sizes.data(), strides.data(), 0, dtype, device, like.get_device_index(), &handle,
+          aoti_torch_layout_strided(), nullptr, 0, release, reinterpret_cast<void*>(bytes)));
       return Tensor(handle);
     }
   }
+#endif
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+#if defined(VTK_BACKEND_SIMT)  // poison: NaN, -1
+  if (any) std::memset(out.mutable_data_ptr(), 0xff, bytes);
+#endif
+  return out;
 }
 
 }  // namespace vtk

@@ -1,10 +1,26 @@
-// torch's current CUDA stream through the stable interface.
+// The device and stream of an op through torch's stable interface.
 #pragma once
 #include <cuda_runtime.h>
+#if !defined(VTK_BACKEND_SIMT)
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 #include <cstdint>
 
 #include "common/check.h"
+
+#if defined(VTK_BACKEND_SIMT)
+
+namespace vtk {
+
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+inline cudaStream_t current_stream(int32_t) { return nullptr; }
+
+}  // namespace vtk
+
+#else
 
 // NOTE: weak on purpose. A strong reference makes the library fail to load on a torch without CUDA; and the
 // symbol resolves only when the library is linked with `--no-as-needed -ltorch` (see cmake/torch_stubs.cmake),
@@ -12,6 +28,8 @@
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace vtk {
+
+using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(int32_t device_index) {
   VTK_CHECK("current_stream", aoti_torch_get_current_cuda_stream != nullptr,
@@ -23,3 +41,5 @@ inline cudaStream_t current_stream(int32_t device_index) {
 }
 
 }  // namespace vtk
+
+#endif

@@ -5,7 +5,9 @@
 
 #include <utility>
 
+#if !defined(VTK_DYNAMIC_SHARED)  // the host emulation of the tests has its own
 #define VTK_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
 
 namespace vtk {
 

@@ -191,7 +191,7 @@ int64_t sum_of_keeps(const Tensor& cu_seqlens, const Tensor& keep, int64_t token
 // On CUDA the sum is the one documented synchronisation of the package; total_keep avoids it.
 int64_t sum_of_keeps(const Tensor& cu_seqlens, const Tensor& keep, int64_t tokens) {
   std::vector<int32_t> bounds(cu_seqlens.size(0)), keeps(keep.size(0));
-  torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
+  DeviceGuard guard(keep.get_device_index());
   cudaStream_t stream = current_stream(keep.get_device_index());
   cudaError_t error = cudaMemcpyAsync(bounds.data(), cu_seqlens.const_data_ptr(), bounds.size() * sizeof(int32_t),
                                       cudaMemcpyDeviceToHost, stream);
@@ -270,7 +270,8 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, std::optional<do
   std::array<StableIValue, 9> stack = {from(query), from(key),         from(scale),
                                        from(lse),   from(head_reduce), from(query_reduce),
                                        from(false), from(OptTensor{}), from(OptTensor{})};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vtk::attention_scores", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(VTK_OP_NAME("attention_scores"), "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -290,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_gather_attention(const Tensor& tokens, 
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)
-STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
+VTK_FRAGMENT(m) {
   // Keep the `keep` highest scores of each batch row; ties: lower index; NaN below -inf.
   m.def(
       "prune_gather(Tensor tokens, Tensor scores, SymInt keep, *, Tensor? keep_mask=None, Tensor? drop_mask=None, "

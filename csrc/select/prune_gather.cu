@@ -185,6 +185,11 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ SharedMemory shared;
   uint32_t* sKeys = reinterpret_cast<uint32_t*>(dynamic_shared);
   const int32_t s = blockIdx.x / parts, part = blockIdx.x % parts;
+  if (p.num_segments == 0) {  // nothing to select, but the varlen outputs are still owed
+    if (part == 0 && threadIdx.x == 0) p.cu_kept[0] = 0;
+    clear_spare_rows(p, 0, part, parts);
+    return;
+  }
 
   // Locate the segment and this block's share of its output rows.
   const Segment segment = segment_of(p, s, shared);
@@ -231,7 +236,8 @@ __global__ void __launch_bounds__(kThreads)
 // unless that leaves multiprocessors idle, and never more rows a block than its list holds.
 int choose_parts(const PruneGatherParams& p) {
   int64_t most_kept = p.cu_seqlens == nullptr ? p.keep : std::min<int64_t>(p.total_keep, p.num_tokens);
-  int64_t fill = (4 * static_cast<int64_t>(num_multiprocessors()) + p.num_segments - 1) / p.num_segments;
+  int64_t segments = std::max(p.num_segments, 1);
+  int64_t fill = (4 * static_cast<int64_t>(num_multiprocessors()) + segments - 1) / segments;
   int64_t needed = (most_kept + kMaxShare - 1) / kMaxShare;
   return static_cast<int>(std::max<int64_t>({int64_t{1}, needed, std::min<int64_t>(fill, most_kept)}));
 }
@@ -239,11 +245,11 @@ int choose_parts(const PruneGatherParams& p) {
 }  // namespace
 
 cudaError_t prune_gather_cuda(const PruneGatherParams& p, cudaStream_t stream) {
-  if (p.num_segments == 0) return cudaSuccess;
+  if (p.num_segments == 0 && p.cu_seqlens == nullptr) return cudaSuccess;
   int parts = choose_parts(p);
   int32_t cached_keys = std::min(p.num_tokens, kMaxCachedKeys);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(parts) * p.num_segments);
+  shape.grid = dim3(static_cast<unsigned>(parts) * std::max(p.num_segments, 1));
   shape.block = dim3(kThreads);
   shape.shared_bytes = cached_keys * sizeof(uint32_t);
   return launch(prune_gather_kernel, shape, stream, p, parts, cached_keys);

@@ -64,6 +64,8 @@ def env() -> None:
     from vtkernels.collect_env import collect
 
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in collect().items():
         table.add_row(name, value)
     console.print(table)

@@ -1,0 +1,65 @@
+# The SIMT emulation of the tests (tests/simt): the .cu files compiled as C++ against the emulated CUDA headers.
+# No nvcc and no GPU, but the toolkit's headers (types, cuda_fp16.h, cuda_bf16.h) are needed.
+
+find_path(VTK_SIMT_CUDA_INCLUDE cuda_fp16.h
+  HINTS ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} ENV CUDA_PATH ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES include
+  NO_CMAKE_FIND_ROOT_PATH)
+if(NOT VTK_SIMT_CUDA_INCLUDE)
+  # NOTE: no error: a machine without the toolkit builds and tests the CPU library; the tests say what they skip.
+  message(WARNING "vtkernels: no cuda_fp16.h, so the emulation is not built; install the CUDA toolkit or set "
+                  "VTK_SIMT_CUDA_INCLUDE")
+  return()
+endif()
+
+set(simt_folder ${CMAKE_CURRENT_SOURCE_DIR}/tests/simt)
+set(simt_runtime runtime.cpp memory.cpp symbols.cpp)
+list(TRANSFORM simt_runtime PREPEND ${simt_folder}/)
+# Copies, so that the same sources can be CUDA for one library and C++ for another.
+foreach(source ${cuda_sources})
+  set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/simt/${source}.cpp)
+  file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${CMAKE_CURRENT_SOURCE_DIR}/${source}\"\n")
+  list(APPEND simt_cuda_sources ${wrapper})
+endforeach()
+file(GLOB simt_faults CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}/faults/*.cu)
+foreach(source ${simt_faults})
+  get_filename_component(name ${source} NAME)
+  set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/simt/faults/${name}.cpp)
+  file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${source}\"\n")
+  list(APPEND simt_fault_sources ${wrapper})
+endforeach()
+
+# vtk_simt_library(TARGET "kernel sources" "other sources" "flags of kernels" "flags of everything"):
+function(vtk_simt_library target kernels others kernel_flags flags)
+  add_library(${target}_kernels OBJECT ${kernels})
+  add_library(${target} SHARED ${simt_runtime} ${others} $<TARGET_OBJECTS:${target}_kernels>)
+  foreach(each ${target} ${target}_kernels)
+    # NOTE: -fno-strict-aliasing: CuTe recasts registers, and gives wrong results on the host without it.
+    target_compile_options(${each} PRIVATE -O1 -g -fno-strict-aliasing ${flags})
+    target_compile_definitions(${each} PRIVATE VTK_BACKEND_CUDA VTK_BACKEND_SIMT)
+    set_target_properties(${each} PROPERTIES CXX_STANDARD 20)  # the emulated headers; kernels stay C++17 for nvcc
+    target_include_directories(${each} BEFORE PRIVATE ${simt_folder}/include)
+    target_include_directories(${each} SYSTEM PRIVATE
+      ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})
+    target_link_libraries(${each} PRIVATE vtk_flags)
+  endforeach()
+  target_compile_options(${target}_kernels PRIVATE ${kernel_flags})
+  target_link_options(${target} PRIVATE ${flags})
+endfunction()
+
+# Compiled as if for ThreadSanitizer, linked with the checker of tests/simt/memory.cpp instead.
+set(simt_checked -fsanitize=thread --param=tsan-distinguish-volatile=1)
+set(simt_sanitized -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined)
+
+if(VTK_SIMT)
+  vtk_simt_library(vtk_simt "${simt_cuda_sources}" "${op_sources}" "${simt_checked}" "")
+  vtk_link_torch(vtk_simt torch_cpu)
+  vtk_simt_library(simt_faults "${simt_fault_sources}" "" "${simt_checked}" "")
+  list(APPEND libraries vtk_simt simt_faults)
+endif()
+if(VTK_SIMT_SANITIZE)
+  vtk_simt_library(vtk_simt_asan "${simt_cuda_sources}" "${op_sources}" "" "${simt_sanitized}")
+  vtk_link_torch(vtk_simt_asan torch_cpu)
+  vtk_simt_library(simt_faults_asan "${simt_fault_sources}" "" "" "${simt_sanitized}")
+  list(APPEND libraries vtk_simt_asan simt_faults_asan)
+endif()
+message(STATUS "vtkernels: building the SIMT emulation of the tests")

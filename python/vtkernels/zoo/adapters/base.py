@@ -1,0 +1,346 @@
+"""What every family's adapter shares: attach, detach, and forward and generate on the shortened prompt.
+
+While something is attached, the model has ``forward`` and ``generate`` (and what the family adds) as instance
+attributes and hooks on the modules that the recipes read. Each call with images runs the encoder once, up front, which
+also selects; shortens the prompt; and then runs the model's own method, to which the family serves the kept features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask
+from vtkernels.zoo.adapters.prompt import Shortened, real_tokens, rows_of_images
+from vtkernels.zoo.recipe import Context, Encoder, Recipe, Stage
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """What the last call with images did.
+
+    Attributes:
+        indices: int64 [images, kept], the kept patch numbers of each image in raster order, ascending.
+        rows: the prompt of each image.
+        grid: the encoder's grid (height, width) that the patch numbers refer to.
+        tokens_before: tokens of each prompt, padding not counted.
+        tokens_after: tokens of each prompt after pruning.
+        input_ids: [B, L'], the prompt that the language model saw.
+        attention_mask: [B, L'], its mask, or None when it saw the caller's prompt without one.
+    """
+
+    indices: Tensor
+    rows: list[int]
+    grid: tuple[int, int]
+    tokens_before: list[int]
+    tokens_after: list[int]
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A recipe on a model, with its budget: tokens an image, or None for all."""
+
+    recipe: Recipe
+    keep: int | None
+
+
+class Encoding:
+    """One run of the vision encoder: what its hooks captured, and what the stages selected."""
+
+    def __init__(self, questions: list[Tensor], rows: list[int], embed: Callable[[Tensor], Tensor], encoder: Encoder):
+        self.questions = questions
+        self.rows = rows
+        self.embed = embed
+        self.encoder = encoder
+        self.projections: dict[int, dict[str, Tensor]] = {}
+        self.positions = torch.empty(0)  # int64 [images, n] once the features are known
+        self.output: Any = None  # what the family's feature method returned
+
+    def capture(self, layer: int, role: str, projected: Tensor, heads: int) -> None:
+        """``projected`` [images, S, H * D] as the view [images, H, S, D], a constant of the backward pass."""
+        self.projections.setdefault(layer, {})[role] = projected.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def start(self, features: Tensor) -> None:
+        images, n, _ = features.shape
+        if n != self.encoder.num_patches:
+            raise ValueError(
+                f"vtkernels.zoo: expected {self.encoder.num_patches} patches ({self.encoder.grid[0]} x "
+                f"{self.encoder.grid[1]}) from the vision encoder, got {n}"
+            )
+        self.positions = torch.arange(n, device=features.device).expand(images, n)
+
+    def run(self, stage: Stage, claim: Claim | None, tokens: Tensor, features: Tensor) -> Tensor:
+        """The tokens that the stage keeps: [images, n, C] -> [images, kept, C]."""
+        n = tokens.shape[1]
+        if claim is None or claim.keep is None or claim.keep == n:
+            return tokens
+        if claim.keep > n:
+            raise ValueError(
+                f"{claim.recipe.name}: keep={claim.keep} is more than the {n} tokens that the stages before "
+                f"{stage} left"
+            )
+        projections = {}
+        for layer in claim.recipe.attention_layers(self.encoder):
+            captured = self.projections.get(layer, {})
+            if len(captured) != 2:
+                # A tower that was compiled before the recipe was attached never calls the hooks.
+                raise RuntimeError(f"{claim.recipe.name}: encoder layer {layer} gave no query and key; attach first")
+            projections[layer] = (captured["query"], captured["key"])
+        context = Context(
+            # NOTE: SigLIP's features keep the channel-first strides of its patch convolution through every residual;
+            # the ops gather rows.
+            tokens=tokens if tokens.stride(-1) == 1 else tokens.contiguous(),
+            features=features.detach(),
+            positions=self.positions,
+            keep=claim.keep,
+            encoder=self.encoder,
+            projections=projections,
+            questions=self.questions,
+            rows=self.rows,
+            embed=self.embed,
+        )
+        kept, indices = getattr(claim.recipe, stage)(context)
+        self.positions = self.positions.gather(1, indices)
+        return kept
+
+    def dropped(self, is_image: Tensor) -> Tensor:
+        """bool [B, L]: the placeholders whose token was dropped."""
+        images = self.positions.shape[0]
+        gone = torch.ones(images, self.encoder.num_patches, dtype=torch.bool, device=self.positions.device)
+        gone.scatter_(1, self.positions, False)
+        dropped = torch.zeros_like(is_image)
+        dropped[is_image] = gone.flatten().to(is_image.device)
+        return dropped
+
+
+class Adapter(ABC):
+    """A family's adapter, one instance a model. It lives on the model while at least one recipe is attached."""
+
+    model_class: ClassVar[type]
+    serves: ClassVar[tuple[Stage, ...]]
+
+    def __init__(self, model: Any, attribute: str):
+        self.model = model
+        self.attribute = attribute
+        self.encoder = self.describe_encoder()
+        self.claims: dict[Stage, Claim] = {}
+        self.last: LastRun | None = None
+        self.encoding: Encoding | None = None  # while the encoder runs for us: the hooks write here
+        self.served: Encoding | None = None  # while the model's own method runs for us
+        self._undo: list[Callable[[], None]] = []
+
+    # What a family knows.
+
+    @abstractmethod
+    def describe_encoder(self) -> Encoder:
+        """Raises ValueError for a configuration that the adapter does not serve."""
+
+    @abstractmethod
+    def install(self) -> None:
+        """Hooks and overrides of the family, through :meth:`hook` and :meth:`override`."""
+
+    @abstractmethod
+    def encode(self, call: dict[str, Any]) -> Any:
+        """Runs the model's own feature method with ``self.encoding`` set; returns its output."""
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int: ...
+
+    @abstractmethod
+    def special_ids(self) -> set[int]:
+        """Ids that are no words: image, padding, begin and end of sequence."""
+
+    # Attach and detach.
+
+    def attach(self, claim: Claim) -> None:
+        self._validate(claim)
+        before = dict(self.claims)
+        self.claims.update(dict.fromkeys(claim.recipe.stages(), claim))
+        try:
+            self._reinstall()
+        except BaseException:
+            self.claims = before
+            self._reinstall()
+            raise
+
+    def detach(self, claim: Claim) -> None:
+        self.claims = {stage: other for stage, other in self.claims.items() if other is not claim}
+        self._reinstall()
+
+    def layers(self) -> set[int]:
+        """The encoder layers that the attached recipes score with."""
+        return {layer for claim in self.claims.values() for layer in claim.recipe.attention_layers(self.encoder)}
+
+    def hook(self, handle: Any) -> None:
+        """Keeps a torch hook handle until detach."""
+        self._undo.append(handle.remove)
+
+    def override(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Puts ``wrap(owner.name)`` in the owner's instance attributes until detach, under the same signature."""
+        original = getattr(owner, name)
+        before = owner.__dict__.get(name, _ABSENT)
+        owner.__dict__[name] = functools.wraps(original)(wrap(original))
+
+        def undo() -> None:
+            if before is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+
+        self._undo.append(undo)
+
+    def _validate(self, claim: Claim) -> None:
+        recipe, family = claim.recipe, self.model_class.__name__
+        for stage in recipe.stages():
+            if stage not in self.serves:
+                raise NotImplementedError(
+                    f"{recipe.name}: stage {stage} is not served for {family}; served: {', '.join(self.serves)}"
+                )
+            if stage in self.claims:
+                raise ValueError(
+                    f"{recipe.name}: stage {stage} of this model is claimed by {self.claims[stage].recipe.name}; "
+                    "remove that handle first"
+                )
+        if recipe.needs_cls and not self.encoder.has_cls:
+            raise ValueError(f"{recipe.name}: needs a [CLS] token, which this model's vision encoder does not have")
+        for layer in recipe.attention_layers(self.encoder):
+            if not 0 <= layer < self.encoder.num_layers:
+                raise ValueError(
+                    f"{recipe.name}: expected an encoder layer in [0, {self.encoder.num_layers - 1}], got {layer}"
+                )
+        if claim.keep is not None:
+            recipe.check(self.encoder, claim.keep)
+
+    def _reinstall(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.model.__dict__.pop(self.attribute, None)
+        if self.claims:
+            self.model.__dict__[self.attribute] = self
+            self.override(self.model, "forward", self._wrap_forward)
+            self.override(self.model, "generate", self._wrap_generate)
+            self.install()
+
+    # Running.
+
+    def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def pruned_forward(*args: Any, **kwargs: Any) -> Any:
+            call = _arguments(forward, args, kwargs)
+            if self.served is not None or not self._has_images(call):
+                return forward(*args, **kwargs)
+            with self._serving(call) as encoding:
+                short = self._shorten(call, encoding, left=False)
+                return forward(*args, **kwargs) if short is None else forward(**short)
+
+        return pruned_forward
+
+    def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.no_grad()
+        def pruned_generate(*args: Any, **kwargs: Any) -> Any:
+            call = _arguments(generate, args, kwargs)
+            if call.get("input_ids") is None and call.get("inputs") is not None:
+                call["input_ids"] = call.pop("inputs")
+            if not self._has_images(call):
+                return generate(*args, **kwargs)
+            defaults = self.model.generation_config
+            if call.get("attention_mask") is None:
+                call["attention_mask"] = infer_mask(call, defaults)
+            with self._serving(call) as encoding:
+                short = self._shorten(call, encoding, left=True)
+                if short is None:
+                    return generate(*args, **kwargs)
+                border = Border(call["input_ids"], short["input_ids"].shape[1])
+                return generate_short(generate, short, border, defaults)
+
+        return pruned_generate
+
+    def _has_images(self, call: dict[str, Any]) -> bool:
+        """Whether the call brings images to prune. Raises ValueError for input that pruning cannot follow."""
+        ids = call.get("input_ids")
+        if ids is None and call.get("inputs_embeds") is not None:
+            raise ValueError("vtkernels.zoo: expected input_ids; inputs_embeds alone do not tell images from text")
+        if call.get("mm_encoder_outputs"):
+            raise ValueError("vtkernels.zoo: expected pixel_values; mm_encoder_outputs were encoded without pruning")
+        if ids is not None and _continues(call.get("past_key_values"), ids) and (ids == self.image_token_id).any():
+            raise ValueError("vtkernels.zoo: expected no image in a prompt that continues a cache")
+        return call.get("pixel_values") is not None and ids is not None
+
+    @contextlib.contextmanager
+    def _serving(self, call: dict[str, Any]) -> Iterator[Encoding]:
+        """Encodes and selects; inside, the model's feature method returns what was kept."""
+        is_image = call["input_ids"] == self.image_token_id
+        rows = rows_of_images(is_image, len(call["pixel_values"]), self.encoder.num_patches)
+        embed = self.model.get_input_embeddings()
+        self.encoding = Encoding(self._questions(call), rows, embed, self.encoder)
+        try:
+            self.encoding.output = self.encode(call)
+            self.served = self.encoding
+        finally:
+            self.encoding = None
+        # Queries, keys and questions are done with; generation may take long.
+        self.served.projections.clear()
+        try:
+            yield self.served
+        finally:
+            self.served = None
+
+    def _questions(self, call: dict[str, Any]) -> list[Tensor]:
+        """Each prompt's ids without images, padding and special tokens, for recipes that read the question."""
+        if not any(claim.recipe.reads_question for claim in self.claims.values()):
+            return []
+        ids = call["input_ids"]
+        special = torch.tensor(sorted(self.special_ids()), dtype=ids.dtype, device=ids.device)
+        words = real_tokens(call) & ~torch.isin(ids, special)
+        return [row[is_word].to(self.model.device) for row, is_word in zip(ids, words, strict=True)]
+
+    def _shorten(self, call: dict[str, Any], encoding: Encoding, *, left: bool) -> dict[str, Any] | None:
+        """The call on the shortened prompt, or None when nothing was dropped. Notes what was done in ``self.last``."""
+        dropped = encoding.dropped(call["input_ids"] == self.image_token_id)
+        real = real_tokens(call)
+        before = real.sum(1)
+        short = None
+        if encoding.positions.shape[1] < self.encoder.num_patches:
+            short = Shortened.plan(real, dropped, left=left).arguments(call, self._pad_id())
+        seen = call if short is None else short
+        self.last = LastRun(
+            indices=encoding.positions,
+            rows=encoding.rows,
+            grid=self.encoder.grid,
+            tokens_before=before.tolist(),
+            tokens_after=(before - dropped.sum(1)).tolist(),
+            input_ids=seen["input_ids"],
+            attention_mask=seen.get("attention_mask"),
+        )
+        return short
+
+    def _pad_id(self) -> int:
+        """Any id that is no image: padding is masked."""
+        return 0 if self.image_token_id != 0 else 1
+
+
+def _continues(cache: Any, ids: Tensor) -> bool:
+    """Whether this is a further turn on a used cache: one token is a decoding step, which holds no image."""
+    return cache is not None and ids.shape[1] > 1 and cache.get_seq_length() > 0
+
+
+def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional and keyword arguments by name."""
+    signature = inspect.signature(function)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named

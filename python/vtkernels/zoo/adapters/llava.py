@@ -1,0 +1,133 @@
+"""LLaVA (LlavaForConditionalGeneration) with a CLIP or SigLIP vision tower.
+
+What it relies on, checked by tests/models/test_zoo_canary.py on every supported transformers version: the base model's
+``get_image_features`` (called by forward and by generate, its ``pooler_output`` a list of one [n, D] a image), its
+``vision_tower`` with ``encoder.layers[i].self_attn.{q_proj,k_proj,num_heads}``, and its ``multi_modal_projector``,
+which the features pass through once, [CLS] removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vtkernels.zoo.adapters.base import Adapter
+from vtkernels.zoo.recipe import Encoder, Stage
+
+
+class LlavaAdapter(Adapter):
+    model_class: ClassVar[type] = LlavaForConditionalGeneration
+    serves: ClassVar[tuple[Stage, ...]] = ("vision_encoder", "after_projector")
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def describe_encoder(self) -> Encoder:
+        config = self.model.config
+        vision = config.vision_config
+        if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            raise ValueError(
+                f"vtkernels.zoo: expected a clip_vision_model or siglip_vision_model tower, got {vision.model_type}"
+            )
+        has_cls = vision.model_type == "clip_vision_model"
+        strategy = "default" if has_cls else "full"
+        if config.vision_feature_select_strategy != strategy:
+            raise ValueError(
+                f"vtkernels.zoo: expected vision_feature_select_strategy={strategy!r} with a {vision.model_type} tower "
+                f"(one token a patch), got {config.vision_feature_select_strategy!r}"
+            )
+        side = vision.image_size // vision.patch_size
+        return Encoder(
+            num_layers=vision.num_hidden_layers,
+            feature_layer=_feature_layer(config.vision_feature_layer, vision.num_hidden_layers),
+            grid=(side, side),
+            has_cls=has_cls,
+        )
+
+    def special_ids(self) -> set[int]:
+        text = self.model.config.text_config
+        ids = {self.image_token_id}
+        for value in (text.bos_token_id, text.eos_token_id, text.pad_token_id):
+            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+        return ids
+
+    def install(self) -> None:
+        base = self.model.model
+        self.override(base, "get_image_features", self._wrap_get_image_features)
+        layers = _encoder_layers(base.vision_tower)
+        for index in sorted(self.layers()):
+            attention: Any = layers[index].self_attn
+            self.hook(attention.q_proj.register_forward_hook(self._capture(index, "query", attention.num_heads)))
+            self.hook(attention.k_proj.register_forward_hook(self._capture(index, "key", attention.num_heads)))
+        projector = base.multi_modal_projector
+        self.hook(projector.register_forward_pre_hook(self._before_projector))
+        self.hook(projector.register_forward_hook(self._after_projector))
+
+    def encode(self, call: dict[str, Any]) -> BaseModelOutputWithPooling:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            expected = getattr(self.model.config, name)
+            if call.get(name) not in (None, expected):
+                raise ValueError(f"vtkernels.zoo: expected {name}={expected!r} as configured, got {call[name]!r}")
+        output = self._get_image_features(pixel_values=call["pixel_values"], return_dict=True)
+        # Only this is used from here on; the hidden states of every layer would live as long as generation.
+        return _image_output(output.pooler_output)
+
+    def _wrap_get_image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        self._get_image_features = original
+
+        def served_features(*args: Any, **kwargs: Any) -> Any:
+            if self.served is None:
+                return original(*args, **kwargs)
+            features: list[Tensor] = self.served.output.pooler_output
+            # Before 5.18, beams repeat each image's pixels instead of its features.
+            pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+            times = len(pixel_values) // len(features)
+            return _image_output([image for image in features for _ in range(times)])
+
+        return served_features
+
+    def _capture(self, layer: int, role: str, heads: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.encoding is not None:
+                self.encoding.capture(layer, role, output, heads)
+
+        return hook
+
+    def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        if self.encoding is None:
+            return None
+        (features,) = args
+        self.encoding.start(features)
+        return (self.encoding.run("vision_encoder", self.claims.get("vision_encoder"), features, features),)
+
+    def _after_projector(self, module: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor:
+        if self.encoding is None:
+            return projected
+        return self.encoding.run("after_projector", self.claims.get("after_projector"), projected, args[0])
+
+
+def _image_output(features: Any) -> BaseModelOutputWithPooling:
+    """What ``get_image_features`` returns, with nothing but a list of one [n, D] an image."""
+    return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]
+
+
+def _feature_layer(selected: int | list[int], num_layers: int) -> int:
+    """The encoder layer whose output is ``hidden_states[selected]``; of several, the deepest."""
+    indices = selected if isinstance(selected, list) else [selected]
+    # hidden_states holds the embeddings first, so layer i's output is entry i + 1.
+    deepest = max(index % (num_layers + 1) for index in indices) - 1
+    if deepest < 0:
+        raise ValueError(f"vtkernels.zoo: vision_feature_layer={selected} is the embeddings, the output of no layer")
+    return deepest
+
+
+def _encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    found = [module for name, module in tower.named_modules() if name.endswith("encoder.layers")]
+    if len(found) != 1 or not isinstance(found[0], nn.ModuleList):
+        raise RuntimeError(f"vtkernels.zoo: expected one encoder.layers in {type(tower).__name__}, found {len(found)}")
+    return found[0]

@@ -1,0 +1,11 @@
+"""The published methods, one file each: all that is known about a method (formula, defaults, deviations) is there."""
+
+from vtkernels.zoo.methods.baselines import Random, Uniform
+from vtkernels.zoo.methods.fastervlm import FasterVLM
+from vtkernels.zoo.methods.fopru import FoPru
+from vtkernels.zoo.methods.hiprune import HiPrune
+from vtkernels.zoo.methods.mmtok import MMTok
+from vtkernels.zoo.methods.todre import ToDRE
+from vtkernels.zoo.methods.vtc_cls import VtcCls
+
+RECIPES = (FasterVLM, VtcCls, FoPru, HiPrune, ToDRE, MMTok, Random, Uniform)

@@ -1,0 +1,133 @@
+"""What a pruning method is made of: the stages of a model, a recipe that claims some of them, and what a stage sees.
+
+A recipe is a frozen dataclass. Its fields are the method's options with their defaults; it claims a stage by
+defining the method of that name, which takes a :class:`Context` and returns the kept tokens with their indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from vtkernels import attention_scores
+
+Stage = Literal["vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
+
+# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first two.
+STAGES: tuple[Stage, ...] = ("vision_encoder", "after_projector", "between_layers", "cache", "decoding")
+
+# Kept tokens [images, keep, C] and their indices int64 [images, keep] into ctx.tokens, ascending.
+Kept = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The vision encoder's facts that a recipe may depend on.
+
+    ``feature_layer`` is the layer whose output the language model gets: with ``hidden_states[-2]`` of a 24-layer
+    tower it is layer 22, and the attention that belongs to those features is that layer's.
+    """
+
+    num_layers: int
+    feature_layer: int
+    grid: tuple[int, int]
+    has_cls: bool
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def scaled(self, layer: int, of: int = 24) -> int:
+        """The layer at the same relative depth as ``layer`` in an ``of``-layer tower: exact for CLIP-L."""
+        return round(layer * self.num_layers / of)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage sees of one call: every image of the batch, whichever prompt it belongs to.
+
+    Attributes:
+        tokens: [images, n, C], what this stage prunes. Gradients flow through the kept ones; what a recipe scores with
+            (``features``, ``projections``, ``tokens.detach()``) is a constant of the backward pass.
+        features: [images, n, C'], the encoder's features of the same tokens (``tokens`` itself before the projector).
+        positions: int64 [images, n], the patch number (raster order) of each token.
+        keep: tokens to keep of each image, ``1 <= keep < n``.
+        encoder: the vision encoder's facts.
+        projections: layer -> (query, key), each [images, H, S, D] with S = [CLS] + patches, for the layers that the
+            recipe asked for.
+        questions: one int64 [length] tensor a prompt: its ids without images, padding and special tokens.
+        rows: the prompt (index into ``questions``) of each image.
+        embed: the language model's embedding table: ids [*] -> [*, C].
+    """
+
+    tokens: Tensor
+    features: Tensor
+    positions: Tensor
+    keep: int
+    encoder: Encoder
+    projections: dict[int, tuple[Tensor, Tensor]]
+    questions: Sequence[Tensor]
+    rows: Sequence[int]
+    embed: Callable[[Tensor], Tensor]
+
+    def attention(self, layer: int, *, voters: Literal["cls", "all"], head_reduce: str = "mean") -> Tensor:
+        """Attention that each token receives in one encoder layer: float32 [images, n].
+
+        ``voters="cls"`` reads the [CLS] row, ``"all"`` the mean over all rows. The softmax runs over every key,
+        [CLS] included, as in the encoder itself; only then is the [CLS] column left out.
+        """
+        query, key = self.projections[layer]
+        if voters == "cls":
+            query = query[:, :, :1]
+        scores = attention_scores(query, key, head_reduce=head_reduce)
+        patches = scores[:, 1:] if self.encoder.has_cls else scores
+        # An earlier stage may have dropped patches already.
+        return patches if patches.shape[1] == self.tokens.shape[1] else patches.gather(1, self.positions)
+
+    def take(self, indices: Tensor) -> Kept:
+        """The tokens at ``indices`` int64 [images, keep], with the indices."""
+        return self.tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, self.tokens.shape[-1])), indices
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept``."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    reference: ClassVar[str]
+    status: ClassVar[str]  # where the facts come from: "verified" (the authors' code) or "inferred", and what
+    training_free: ClassVar[bool] = True
+
+    @classmethod
+    def stages(cls) -> tuple[Stage, ...]:
+        return tuple(stage for stage in STAGES if hasattr(cls, stage))
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Option name -> default."""
+        return {field.name: field.default for field in fields(cls)}
+
+    @property
+    def needs_cls(self) -> bool:
+        return False
+
+    @property
+    def reads_question(self) -> bool:
+        return False
+
+    def attention_layers(self, encoder: Encoder) -> tuple[int, ...]:
+        """The encoder layers whose query and key the recipe scores with."""
+        return ()
+
+    def check(self, encoder: Encoder, keep: int) -> None:
+        """Raises ValueError when this encoder or budget cannot be served."""
+        return None
+
+    def one_of(self, option: str, choices: Sequence[str]) -> None:
+        value = getattr(self, option)
+        if value not in choices:
+            raise ValueError(f"{self.name}: expected {option} to be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,76 @@
+"""Fails when transformers renames what the LLaVA adapter relies on, before anything subtler does."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import tiny
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_modules(tower):
+    model = tiny.llava(tower=tower)
+    base = model.model
+    assert isinstance(base.multi_modal_projector, nn.Module)
+    layers = [module for name, module in base.vision_tower.named_modules() if name.endswith("encoder.layers")]
+    assert len(layers) == 1 and len(layers[0]) == 3
+    attention = layers[0][0].self_attn
+    assert isinstance(attention.q_proj, nn.Linear) and isinstance(attention.k_proj, nn.Linear)
+    assert attention.num_heads == 4
+    assert model.config.vision_config.model_type == f"{tower}_vision_model"
+    assert isinstance(model.config.image_token_id, int)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert hasattr(model.config.text_config, name)
+
+
+def test_calls():
+    model = tiny.llava()
+    forward = inspect.signature(model.forward).parameters
+    for name in ("input_ids", "pixel_values", "attention_mask", "position_ids", "labels", "vision_feature_layer"):
+        assert name in forward
+    generate = inspect.signature(model.generate).parameters
+    for name in ("inputs", "generation_config", "logits_processor", "stopping_criteria", "streamer"):
+        assert name in generate
+    assert "pixel_values" in inspect.signature(model.model.get_image_features).parameters
+
+
+@torch.no_grad()
+def test_forward_and_generate_take_the_features_from_the_base_model(monkeypatch):
+    """Both must call the instance's get_image_features, with pixel_values by name, and read pooler_output."""
+    model, batch, calls = tiny.llava(), tiny.inputs([(1, 4)]), []
+    original = model.model.get_image_features
+
+    @functools.wraps(original)  # generate reads the signature
+    def watched(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(model.model.__dict__, "get_image_features", watched)
+    model(**batch)
+    model.generate(**batch, max_new_tokens=2)
+    assert len(calls) == 2 and all("pixel_values" in kwargs for kwargs in calls)
+    features = original(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    assert [tuple(image.shape) for image in features] == [(16, 32)]
+
+
+@torch.no_grad()
+def test_the_projector_gets_the_patches_of_the_selected_layer_once():
+    model, batch, seen = tiny.llava(), tiny.inputs([(2, 4)]), []
+    watch = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: seen.append(args))
+    model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    watch.remove()
+    hidden = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states
+    ((features,),) = seen
+    assert torch.equal(features, hidden[-2][:, 1:])
+    layer = model.model.vision_tower.encoder.layers[1]  # the layer whose output hidden_states[-2] is, of three
+    outputs = []
+    watch = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model.model.vision_tower(batch["pixel_values"])
+    watch.remove()
+    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    assert torch.equal(output, hidden[-2])

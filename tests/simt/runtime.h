@@ -1,0 +1,126 @@
+// The emulator's own state, shared by runtime.cpp (schedule, rendezvous, launch), memory.cpp (what a thread may
+// read and write) and symbols.cpp (names for reports). Kernels never see this header.
+#pragma once
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "include/simt.h"
+
+namespace simt {
+
+enum class State : uint8_t { kReady, kAtBlockBarrier, kAtNamedBarrier, kAtWarpOp, kAtResidentBarrier, kExited };
+
+struct Block;
+
+struct AsyncCopy {
+  unsigned char* to;
+  const void* from;
+  size_t bytes, source_bytes;
+};
+
+struct Fiber {
+  Context context;
+  Block* block;
+  uint3 index;
+  int thread, lane;  // linear index in the block; thread % 32
+  State state;
+  Site site;  // where it waits
+
+  BlockOp block_op;
+  int predicate;
+  int named;  // barrier
+  void (*body)(void* const*);
+  const char* what;  // a resident barrier or a warp_call
+  WarpOp warp_op;
+  unsigned mask;
+  uint64_t operand, result;
+  int argument, width;
+  std::vector<std::vector<AsyncCopy>> async;  // groups, the last one not yet committed
+};
+
+struct Warp {
+  uint32_t lanes = 0;    // that exist: the last warp of a block may be short
+  uint32_t waiting = 0;  // at a warp operation
+  uint32_t epoch = 0;    // completed __syncwarp
+};
+
+// Who touched a byte of shared memory last, and in which interval between barriers.
+struct Access {
+  uint32_t epoch = 0;
+  uint32_t warp_epoch = 0;
+  uint32_t code = 0;  // offset of the instruction in this library
+  uint16_t thread = 0;
+  uint8_t atomic = 0;
+  uint8_t in_flight = 0;  // writes only: by a cp.async that nobody has waited for
+  uint8_t readers = 0;    // reads only: 0 one thread, 1 several lanes of a warp, 2 several warps
+};
+
+struct Shadow {
+  Access write, read;
+};
+
+struct Block {
+  uint3 index;
+  int rank;  // among the blocks that run together
+  std::vector<Fiber*> fibers;
+  std::vector<Warp> warps;
+  std::deque<Fiber*> ready;
+  int at_barrier, exited;
+  int named_arrived[16];
+
+  uint32_t start_epoch, epoch;             // advance at block barriers and fences
+  std::vector<unsigned char> dynamic;      // redzone, dynamic shared memory, redzone
+  std::vector<unsigned char> static_copy;  // static shared memory while another block's is in place
+  std::vector<Shadow> shadow;              // static, then dynamic
+};
+
+struct Machine {
+  // Settings, through simt_configure.
+  uint64_t seed = 0;
+  int multiprocessors = 4;
+  int compute_capability = 80;
+  uint64_t spin_budget = 20'000'000;  // yields without any thread getting past a rendezvous
+
+  // The launch in progress.
+  const void* kernel = nullptr;
+  void (*invoke)(void*) = nullptr;
+  void* context = nullptr;
+  size_t dynamic_bytes = 0;
+  std::vector<Block> resident;
+  Block* block = nullptr;  // whose static shared memory is in place
+  Fiber* running = nullptr;
+  Context main;
+  uint64_t random = 0, spins = 0;
+  std::string error;
+
+  unsigned char* static_base = nullptr;  // this launch's thread-local block of this library: static shared memory
+  size_t static_bytes = 0;
+};
+extern Machine machine;
+
+inline constexpr size_t kRedzone = 1024;
+inline constexpr size_t kMaxShared = 227 << 10;
+inline constexpr size_t kDefaultShared = 48 << 10;
+
+// memory.cpp
+void find_static_shared();       // on the launch's thread
+void begin_block(Block& block);  // poison
+void guard_static(bool on);      // for ASan, while kernel code runs
+void end_block(Block& block);    // canaries, shared memory in use
+void next_epoch(Block& block);
+
+// symbols.cpp
+struct SharedObject {
+  std::string name;
+  size_t offset, bytes;
+  bool redzone;
+  bool used;  // by the launch in progress
+};
+std::vector<SharedObject>& shared_objects();
+std::string function_name(const void* address);
+std::string source_line(uint32_t code);
+uint32_t code_offset(const void* address);
+
+}  // namespace simt
