@@ -5,8 +5,10 @@ find_path(VTK_SIMT_CUDA_INCLUDE cuda_fp16.h
   HINTS ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} ENV CUDA_PATH ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES include
   NO_CMAKE_FIND_ROOT_PATH)
 if(NOT VTK_SIMT_CUDA_INCLUDE)
-  message(FATAL_ERROR "vtkernels: VTK_SIMT needs the CUDA headers; install the toolkit or nvidia-cuda-runtime and "
-                      "set VTK_SIMT_CUDA_INCLUDE to the folder of cuda_fp16.h")
+  # NOTE: no error: a machine without the toolkit builds and tests the CPU library; the tests say what they skip.
+  message(WARNING "vtkernels: no cuda_fp16.h, so the emulation is not built; install the CUDA toolkit or set "
+                  "VTK_SIMT_CUDA_INCLUDE")
+  return()
 endif()
 
 set(simt_folder ${CMAKE_CURRENT_SOURCE_DIR}/tests/simt)

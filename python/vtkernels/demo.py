@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor
 from vtkernels import zoo
 
 # CLIP-L/336 as in LLaVA-1.5 and a decoder small enough for a laptop: 0.30 + 0.47 billion parameters.
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -31,7 +32,7 @@ VISION = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5504,
     "num_hidden_layers": 8,
@@ -83,7 +84,7 @@ def main(
 
     attach: dict[str, Callable[[], Any]] = {"all tokens": contextlib.nullcontext}
     for name in methods:
-        attach[name] = lambda name=name: zoo.apply(model, name, keep=keep)
+        attach[name] = functools.partial(zoo.apply, model, name, keep)
     results: dict[str, Measured] = {}
     kept: dict[str, Tensor] = {}
     grid = (0, 0)
@@ -125,7 +126,7 @@ def random_model(picture: Image.Image, device: torch.device) -> tuple[Any, dict[
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
         text_config=transformers.LlamaConfig(**TEXT, bos_token_id=1, eos_token_id=None, pad_token_id=0),
-        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
         image_seq_length=576,
     )
     with torch.device(device):
@@ -146,7 +147,7 @@ def checkpoint_model(
     if not path.exists():
         raise OSError(f"no checkpoint at {path}")
     processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
     if processor.chat_template:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
@@ -207,8 +208,8 @@ def table_of(results: dict[str, Measured], model: Any, device: torch.device) -> 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     attention = model.config.text_config._attn_implementation
     table = Table(title=f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}")
-    for heading in ("method", "tokens", "prefill ms", "vision ms", "decode ms/token", "KV MiB", "prefill", "decode"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for heading in ("method", "tokens", "prefill ms", "vision", "decode ms", "KV MiB", "prefill", "decode"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     base = results["all tokens"]
     median = statistics.median
     for name, r in results.items():
