@@ -45,7 +45,7 @@ function(vtk_simt_library target kernels others kernel_flags flags)
   endforeach()
   # As nvcc does: cuda_runtime.h before everything, unroll pragmas, and __half is just bytes.
   target_compile_options(${target}_kernels PRIVATE
-    "SHELL:-include cuda_runtime.h" -Wno-unknown-pragmas -Wno-class-memaccess ${kernel_flags})
+    "SHELL:-include cuda_runtime.h" -Wno-unknown-pragmas -Wno-sign-compare -Wno-class-memaccess ${kernel_flags})
   target_link_options(${target} PRIVATE ${flags})
 endfunction()
 

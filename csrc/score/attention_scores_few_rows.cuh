@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kFewThreads)
   constexpr int kElements = 16 / sizeof(T);
   float* sQ = reinterpret_cast<float*>(dynamic_shared);  // [Q, depth]
   const int32_t part = blockIdx.x % plan.key_parts, head = blockIdx.x / plan.key_parts;
-  const int32_t b = head / p.num_heads, h = head % p.num_heads, depth = (p.head_dim + kElements - 1) / kElements * kElements;
+  const int32_t b = head / p.num_heads, h = head % p.num_heads,
+                depth = (p.head_dim + kElements - 1) / kElements * kElements;
 
   // Load the rows.
   const T* gQ = static_cast<const T*>(p.query) + b * p.query_stride_batch + h * p.query_stride_head;
@@ -147,8 +148,8 @@ cudaError_t launch_few_rows(const AttentionScoresParams& p, const Plan& plan, cu
   constexpr int kElements = 16 / sizeof(T);
   int key_lanes = 1;
   while (key_lanes < 32 && key_lanes * kElements < p.head_dim) key_lanes *= 2;
-  const uint64_t bits = reinterpret_cast<uint64_t>(p.key) | (p.key_stride_batch | p.key_stride_head | p.key_stride_row) *
-                                                                 sizeof(T);
+  const uint64_t bits =
+      reinterpret_cast<uint64_t>(p.key) | (p.key_stride_batch | p.key_stride_head | p.key_stride_row) * sizeof(T);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(int64_t{p.batch} * p.num_heads * plan.key_parts));
   shape.block = dim3(kFewThreads);
