@@ -54,7 +54,7 @@ struct Access {
   uint32_t code = 0;  // offset of the instruction in this library
   uint16_t thread = 0;
   uint8_t in_flight = 0;  // writes only: by a cp.async that nobody has waited for
-  uint8_t readers = 0;    // reads only: 0 one thread, 1 several lanes of a warp, 2 several warps
+  uint8_t many = 0;       // reads and atomics: 0 one thread, 1 several lanes of a warp, 2 several warps
 };
 
 struct Shadow {
