@@ -12,11 +12,11 @@
 namespace vtk {
 namespace {
 
-constexpr int32_t kFewRows = 8;         // up to here K is read once and logits go through memory
-constexpr int32_t kFewKeys = 128;       // at least so many keys a block
-constexpr int32_t kMaxKeyParts = 32;    // partial normalisers of a row
-constexpr int kTile = 64;               // rows and keys of a tile in the many-rows form
-constexpr int64_t kFillBlocks = 512;    // blocks that occupy a large GPU; a constant, so that sums never depend on it
+constexpr int32_t kFewRows = 8;       // up to here K is read once and logits go through memory
+constexpr int32_t kFewKeys = 128;     // at least so many keys a block
+constexpr int32_t kMaxKeyParts = 32;  // partial normalisers of a row
+constexpr int kTile = 64;             // rows and keys of a tile in the many-rows form
+constexpr int64_t kFillBlocks = 512;  // blocks that occupy a large GPU; a constant, so that sums never depend on it
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = INFINITY;
 
@@ -24,11 +24,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   bool few_rows;
-  int32_t key_parts;   // blocks that share a row's normaliser
-  int32_t part_keys;   // keys of each
-  int32_t row_parts;   // many rows: blocks that share a key's score
+  int32_t key_parts;  // blocks that share a row's normaliser
+  int32_t part_keys;  // keys of each
+  int32_t row_parts;  // many rows: blocks that share a key's score
   int32_t part_rows;
-  int64_t rows;        // B H Q
+  int64_t rows;  // B H Q
   // Workspace in floats: normalisers [B, H, Q, key_parts, 2], then logits [B, H, Q, N] or scores [B, H, row_parts, N].
   int64_t normaliser_floats, workspace_floats;
 };

@@ -21,9 +21,8 @@ template <class T>
 __device__ void load_vector(float (&x)[16 / sizeof(T)], const T* p, int32_t count, bool aligned) {
   constexpr int kElements = 16 / sizeof(T);
   if (aligned && count >= kElements) {
-    uint4 raw = *reinterpret_cast<const uint4*>(p);
-    T elements[kElements];
-    memcpy(elements, &raw, sizeof raw);
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    const T* elements = reinterpret_cast<const T*>(&raw);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) x[i] = to_float(elements[i]);
   } else {
@@ -42,7 +41,8 @@ __global__ void __launch_bounds__(kFewThreads)
   constexpr int kElements = 16 / sizeof(T);
   float* sQ = reinterpret_cast<float*>(dynamic_shared);  // [Q, depth]
   const int32_t part = blockIdx.x % plan.key_parts, head = blockIdx.x / plan.key_parts;
-  const int32_t b = head / p.num_heads, h = head % p.num_heads, depth = (p.head_dim + kElements - 1) / kElements * kElements;
+  const int32_t b = head / p.num_heads, h = head % p.num_heads,
+                depth = (p.head_dim + kElements - 1) / kElements * kElements;
 
   // Load the rows.
   const T* gQ = static_cast<const T*>(p.query) + b * p.query_stride_batch + h * p.query_stride_head;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kFewThreads)
     if (threadIdx.x % 32 == 0) sPart[threadIdx.x / 32][r] = normaliser[r];
   }
   __syncthreads();
-  if (threadIdx.x < p.num_queries) {
+  if (static_cast<int32_t>(threadIdx.x) < p.num_queries) {
     float2 total = sPart[0][threadIdx.x];
     for (int warp = 1; warp < kFewWarps; ++warp) total = fold(total, sPart[warp][threadIdx.x]);
     const int64_t row = static_cast<int64_t>(head) * p.num_queries + threadIdx.x;
@@ -127,7 +127,11 @@ __global__ void __launch_bounds__(kFewThreads)
   float score = 0.0f;
   for (int32_t head = first_head; head < first_head + heads; ++head) {
     __syncthreads();  // the rows of the previous head have been read
-    if (threadIdx.x < p.num_queries) sRows[threadIdx.x] = row_state(p, plan, b, head % p.num_heads, threadIdx.x);
+    const int32_t q = threadIdx.x;
+    if (q < p.num_queries) {
+      const RowState row = row_state(p, plan, b, head % p.num_heads, q);
+      sRows[q] = row;
+    }
     __syncthreads();
     float votes = 0.0f;
     for (int32_t q = 0; q < p.num_queries; ++q) {
@@ -147,8 +151,8 @@ cudaError_t launch_few_rows(const AttentionScoresParams& p, const Plan& plan, cu
   constexpr int kElements = 16 / sizeof(T);
   int key_lanes = 1;
   while (key_lanes < 32 && key_lanes * kElements < p.head_dim) key_lanes *= 2;
-  const uint64_t bits = reinterpret_cast<uint64_t>(p.key) | (p.key_stride_batch | p.key_stride_head | p.key_stride_row) *
-                                                                 sizeof(T);
+  const uint64_t bits =
+      reinterpret_cast<uint64_t>(p.key) | (p.key_stride_batch | p.key_stride_head | p.key_stride_row) * sizeof(T);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(int64_t{p.batch} * p.num_heads * plan.key_parts));
   shape.block = dim3(kFewThreads);

@@ -21,7 +21,7 @@ namespace vtk {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRowBytes = 256;                // of a tile's depth chunk
+constexpr int kRowBytes = 256;  // of a tile's depth chunk
 constexpr int kPaddedBytes = kRowBytes + 16;
 constexpr int kTileBytes = kTile * kPaddedBytes;
 
@@ -177,9 +177,8 @@ __device__ Rows<T> key_rows(const AttentionScoresParams& p, int32_t b, int32_t h
 
 // blockIdx.x = (head * row tiles + row tile) * key parts + key part.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    normalisers_kernel(const __grid_constant__ AttentionScoresParams p, const __grid_constant__ Plan plan,
-                       bool aligned) {
+__global__ void __launch_bounds__(kThreads) normalisers_kernel(const __grid_constant__ AttentionScoresParams p,
+                                                               const __grid_constant__ Plan plan, bool aligned) {
   VTK_DYNAMIC_SHARED(shared);
   __shared__ bool sShown[2][kTile];
   using Tile = typename TileOf<T>::Type;
@@ -270,7 +269,9 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = p.scale * kLog2E;
   const bool is_max = p.query_reduce == Reduce::kMax;
   auto begin = [&](int32_t row_tile, int32_t buffer) {
-    if (threadIdx.x < kTile) sRows[buffer][threadIdx.x] = row_state(p, plan, b, h, row_tile * kTile + threadIdx.x);
+    if (threadIdx.x >= kTile) return;
+    const RowState row = row_state(p, plan, b, h, row_tile * kTile + threadIdx.x);
+    sRows[buffer][threadIdx.x] = row;
   };
   auto reduce = [&](int32_t, int32_t buffer, const Tile& products) {
 #pragma unroll
@@ -287,8 +288,8 @@ __global__ void __launch_bounds__(kThreads)
                   p.head_dim, begin, reduce);
 
   // Reduce over the lanes of a key and write its score of this head and part.
-  float* gScores = p.workspace + plan.normaliser_floats +
-                   (static_cast<int64_t>(head) * plan.row_parts + part) * p.num_keys;
+  float* gScores =
+      p.workspace + plan.normaliser_floats + (static_cast<int64_t>(head) * plan.row_parts + part) * p.num_keys;
 #pragma unroll
   for (int i = 0; i < Tile::kRows; ++i) {
 #pragma unroll
@@ -307,8 +308,8 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t out_row = blockIdx.x / key_blocks, n = blockIdx.x % key_blocks * kThreads + threadIdx.x;
   const float factor = row_factor(p, out_row * heads / p.num_heads);
   if (n >= p.num_keys) return;
-  const float* gScores = p.workspace + plan.normaliser_floats +
-                         static_cast<int64_t>(out_row) * heads * plan.row_parts * p.num_keys + n;
+  const float* gScores =
+      p.workspace + plan.normaliser_floats + static_cast<int64_t>(out_row) * heads * plan.row_parts * p.num_keys + n;
   float score = 0.0f;
   for (int32_t head = 0; head < heads; ++head) {
     float votes = 0.0f;
@@ -328,8 +329,9 @@ cudaError_t launch_many_rows(const AttentionScoresParams& p, const Plan& plan, c
     return reinterpret_cast<uint64_t>(data) | (batch | head | row) * sizeof(T);
   };
   const bool aligned = (bits(p.query, p.query_stride_batch, p.query_stride_head, p.query_stride_row) |
-                        bits(p.key, p.key_stride_batch, p.key_stride_head, p.key_stride_row) |
-                        p.head_dim * sizeof(T)) % 16 == 0;
+                        bits(p.key, p.key_stride_batch, p.key_stride_head, p.key_stride_row) | p.head_dim * sizeof(T)) %
+                           16 ==
+                       0;
   const int64_t heads = int64_t{p.batch} * p.num_heads;
   LaunchShape shape;
   shape.block = dim3(kThreads);
