@@ -177,6 +177,8 @@ def test_nobody_votes_and_nothing_to_see(backend, random, rows):
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("keys", [20, 9001])
 def test_nan_reaches_what_sees_it_and_nothing_else(backend, random, rows, keys):
+    if keys > 1000 and backend.name == "simt":
+        pytest.skip("only the CPU kernel streams long spans in another way")
     clean = inputs(random, batch=2, rows=rows, keys=keys, depth=8)
     for at in ("query", "key"):
         query, key = (x.clone() for x in clean)

@@ -80,6 +80,7 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, std::optional<do
   if (p.batch == 0 || p.num_keys == 0) return out;
   p.out = static_cast<float*>(out.mutable_data_ptr());
 #if defined(VTK_BACKEND_CUDA)
+  VTK_CHECK(kOp, p.head_dim <= 4096, "expected query with D of at most 4096 on CUDA, got ", p.head_dim);
   Tensor workspace = empty({attention_scores_workspace(p)}, ScalarType::Float, query);
   p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
 #endif
@@ -88,7 +89,7 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, std::optional<do
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)
-STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
+VTK_FRAGMENT(m) {
   // Reduce softmax(scale q k^T), or exp(scale q k^T - lse), over query rows, then over heads.
   m.def(
       "attention_scores(Tensor query, Tensor key, *, float? scale=None, Tensor? lse=None, str head_reduce=\"mean\", "

@@ -21,9 +21,8 @@ template <class T>
 __device__ void load_vector(float (&x)[16 / sizeof(T)], const T* p, int32_t count, bool aligned) {
   constexpr int kElements = 16 / sizeof(T);
   if (aligned && count >= kElements) {
-    uint4 raw = *reinterpret_cast<const uint4*>(p);
-    T elements[kElements];
-    memcpy(elements, &raw, sizeof raw);
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    const T* elements = reinterpret_cast<const T*>(&raw);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) x[i] = to_float(elements[i]);
   } else {
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kFewThreads)
     if (threadIdx.x % 32 == 0) sPart[threadIdx.x / 32][r] = normaliser[r];
   }
   __syncthreads();
-  if (threadIdx.x < p.num_queries) {
+  if (static_cast<int32_t>(threadIdx.x) < p.num_queries) {
     float2 total = sPart[0][threadIdx.x];
     for (int warp = 1; warp < kFewWarps; ++warp) total = fold(total, sPart[warp][threadIdx.x]);
     const int64_t row = static_cast<int64_t>(head) * p.num_queries + threadIdx.x;
@@ -128,7 +127,11 @@ __global__ void __launch_bounds__(kFewThreads)
   float score = 0.0f;
   for (int32_t head = first_head; head < first_head + heads; ++head) {
     __syncthreads();  // the rows of the previous head have been read
-    if (threadIdx.x < p.num_queries) sRows[threadIdx.x] = row_state(p, plan, b, head % p.num_heads, threadIdx.x);
+    const int32_t q = threadIdx.x;
+    if (q < p.num_queries) {
+      const RowState row = row_state(p, plan, b, head % p.num_heads, q);
+      sRows[q] = row;
+    }
     __syncthreads();
     float votes = 0.0f;
     for (int32_t q = 0; q < p.num_queries; ++q) {

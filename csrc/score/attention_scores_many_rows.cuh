@@ -269,7 +269,9 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = p.scale * kLog2E;
   const bool is_max = p.query_reduce == Reduce::kMax;
   auto begin = [&](int32_t row_tile, int32_t buffer) {
-    if (threadIdx.x < kTile) sRows[buffer][threadIdx.x] = row_state(p, plan, b, h, row_tile * kTile + threadIdx.x);
+    if (threadIdx.x >= kTile) return;
+    const RowState row = row_state(p, plan, b, h, row_tile * kTile + threadIdx.x);
+    sRows[buffer][threadIdx.x] = row;
   };
   auto reduce = [&](int32_t, int32_t buffer, const Tile& products) {
 #pragma unroll
