@@ -24,6 +24,7 @@ namespace VTK_ISA {
 namespace {
 
 constexpr int64_t kMinThreadWork = 1 << 18;  // multiplications that pay for a fork
+constexpr int64_t kOtherWork = 25;           // per probability
 constexpr int32_t kReduceKeys = 512;
 
 int64_t grain(int64_t work_each) { return std::max<int64_t>(1, kMinThreadWork / std::max<int64_t>(1, work_each)); }
@@ -31,16 +32,23 @@ int64_t grain(int64_t work_each) { return std::max<int64_t>(1, kMinThreadWork / 
 template <class T>
 void score_units(const AttentionScoresParams& p, const Plan& plan, float* partial) {
   const int64_t units = int64_t{p.batch} * p.num_heads * plan.parts;
-  const int64_t work = int64_t{plan.part_rows} * p.num_keys * p.head_dim;
-  parallel_for(units, grain(work), [&](int64_t begin, int64_t end) {
-    auto run = [&](auto&& worker) {
-      for (int64_t unit = begin; unit < end; ++unit) worker.run(unit, partial + unit * plan.padded_keys);
-    };
-    if (plan.few_rows)
-      run(FewRows<T>(p, plan));
-    else
-      run(ManyRows<T>(p, plan));
-  });
+  auto run = [&](auto&& worker, int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) worker.run(unit, partial + unit * plan.padded_keys);
+  };
+  if (plan.few_rows) {
+    Scratch<float> logits = scratch<float>(int64_t{p.batch} * p.num_heads * p.num_queries * plan.padded_keys);
+    const int64_t blocks = p.batch * FewRows<T>::num_blocks(p);
+    const int64_t rows = int64_t{p.num_heads} * p.num_queries;
+    parallel_for(blocks, grain(rows * kBlockKeys * p.head_dim), [&](int64_t begin, int64_t end) {
+      FewRows<T> worker(p, plan, logits.get());
+      for (int64_t block = begin; block < end; ++block) worker.compute_logits(block);
+    });
+    parallel_for(units, grain(kOtherWork * p.num_queries * p.num_keys),
+                 [&](int64_t begin, int64_t end) { run(FewRows<T>(p, plan, logits.get()), begin, end); });
+  } else {
+    parallel_for(units, grain(int64_t{plan.part_rows} * p.num_keys * p.head_dim),
+                 [&](int64_t begin, int64_t end) { run(ManyRows<T>(p, plan), begin, end); });
+  }
 }
 
 int32_t count_voters(const AttentionScoresParams& p, int32_t batch) {
@@ -91,7 +99,7 @@ void finish(const AttentionScoresParams& p, const Plan& plan, const float* parti
 
 void attention_scores_cpu(const AttentionScoresParams& p) {
   const Plan plan(p);
-  Array<float> partial = scratch<float>(int64_t{p.batch} * p.num_heads * plan.parts * plan.padded_keys);
+  Scratch<float> partial = scratch<float>(int64_t{p.batch} * p.num_heads * plan.parts * plan.padded_keys);
   switch (p.dtype) {
     case DType::kFloat32: score_units<float>(p, plan, partial.get()); break;
     case DType::kFloat16: score_units<f16>(p, plan, partial.get()); break;

@@ -104,7 +104,7 @@ class ManyRows : Unit {
   void load_queries() {
     const int32_t padded = num_groups() * kGroup;
     for (int32_t r = 0; r < padded; ++r) {
-      const T* from = query_row<T>(std::min(r, num_rows_ - 1));
+      const T* from = query_at<T>(head_, query_[std::min(r, num_rows_ - 1)]);
       float* to = &queries_[int64_t{r / kGroup} * kGroup * p.head_dim + r % kGroup];
       for (int32_t d = 0; d < p.head_dim; ++d) to[d * kGroup] = to_float(from[d]);
       if (r >= num_rows_) {
@@ -138,7 +138,7 @@ class ManyRows : Unit {
 
   // Key n as float32: in place, or converted to slot i.
   const float* key_floats(int32_t n, int i) {
-    const T* from = key_row<T>(n);
+    const T* from = key_at<T>(head_ / (p.num_heads / p.key_heads), n);
     if constexpr (sizeof(T) == sizeof(float)) {
       return from;
     } else {
@@ -261,8 +261,8 @@ class ManyRows : Unit {
   }
 
   const int64_t tile_keys_;
-  Array<float> tile_, queries_, keys_;  // [groups][block_keys][group], [groups][D][group], [6][D]
-  Array<float> sum_;                    // [tile_rows]
+  Scratch<float> tile_, queries_, keys_;  // [groups][block_keys][group], [groups][D][group], [6][D]
+  Scratch<float> sum_;                    // [tile_rows]
 };
 
 }  // namespace

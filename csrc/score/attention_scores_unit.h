@@ -1,11 +1,10 @@
-// What the two CPU forms of attention_scores share: the plan, aligned scratch, and the rows of a unit of work.
+// What the two CPU forms of attention_scores share: the plan and the rows of a unit of work.
 // Include only from attention_scores_cpu.cpp.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "score/attention_scores.h"
 
@@ -19,25 +18,13 @@ constexpr int32_t kFewRows = 5;     // up to here dot products with lanes over D
 constexpr int32_t kMaxTileRows = 96;
 constexpr int64_t kTileFloats = 128 << 10;  // 256 KiB of logits, half of L2
 constexpr int32_t kMaxWholeKeys = 8192;     // a group's logits over this many keys still fit L2 on most processors
-constexpr int32_t kBlockKeys = 1024;
+constexpr int32_t kBlockKeys = 256;
 constexpr int64_t kUnits = 32;  // enough for the threads of a desktop; depends on shapes only
 constexpr int64_t kMinPartRows = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Array = std::unique_ptr<T[], Free>;
-
-// Aligned: a vector load across a cache line costs two.
-template <class T>
-Array<T> scratch(int64_t count) {
-  return Array<T>(static_cast<T*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(T), 64))));
-}
 
 struct Plan {
   bool few_rows;
@@ -84,7 +71,10 @@ class Unit {
     head_ = static_cast<int32_t>(unit / plan.parts % p.num_heads);
     next_row_ = std::min(part * plan.part_rows, p.num_queries);
     end_row_ = std::min(next_row_ + plan.part_rows, p.num_queries);
-    const int32_t batch = static_cast<int32_t>(unit / plan.parts / p.num_heads);
+    select_batch(static_cast<int32_t>(unit / plan.parts / p.num_heads));
+  }
+
+  void select_batch(int32_t batch) {
     if (batch == batch_) return;
     batch_ = batch;
     if (excluded_ == nullptr) return;
@@ -112,13 +102,12 @@ class Unit {
   }
 
   template <class T>
-  const T* query_row(int32_t r) const {
-    return static_cast<const T*>(p.query) + batch_ * p.query_stride_batch + head_ * p.query_stride_head +
-           query_[r] * p.query_stride_row;
+  const T* query_at(int32_t head, int32_t q) const {
+    return static_cast<const T*>(p.query) + batch_ * p.query_stride_batch + head * p.query_stride_head +
+           q * p.query_stride_row;
   }
   template <class T>
-  const T* key_row(int32_t n) const {
-    const int32_t key_head = head_ / (p.num_heads / p.key_heads);
+  const T* key_at(int32_t key_head, int32_t n) const {
     return static_cast<const T*>(p.key) + batch_ * p.key_stride_batch + key_head * p.key_stride_head +
            n * p.key_stride_row;
   }
@@ -126,9 +115,9 @@ class Unit {
 
   const AttentionScoresParams& p;
   const Plan& plan;
-  Array<int32_t> query_, limit_;  // [tile_rows] row number; it sees keys [0, limit)
-  Array<float> shift_, weight_;   // [tile_rows]
-  Array<int32_t> excluded_;       // [padded_keys] all bits set: masked out; null without a mask
+  Scratch<int32_t> query_, limit_;  // [tile_rows] row number; it sees keys [0, limit)
+  Scratch<float> shift_, weight_;   // [tile_rows]
+  Scratch<int32_t> excluded_;       // [padded_keys] all bits set: masked out; null without a mask
   int32_t num_rows_ = 0;
   int32_t batch_ = -1, head_ = 0;
 
