@@ -54,7 +54,7 @@ Tensor select_cover(const Tensor& gains, int64_t keep, const OptTensor& drop_mas
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)
-STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
+VTK_FRAGMENT(m) {
   // Greedy maximum coverage: each pick adds the most of sum_r max(gains[r, j] - covered_r, 0); ties: lower index.
   m.def("select_cover(Tensor gains, SymInt keep, *, Tensor? drop_mask=None, str order=\"position\") -> Tensor indices");
 }

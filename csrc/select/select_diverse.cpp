@@ -82,7 +82,7 @@ Tensor select_diverse(const Tensor& features, int64_t keep, const OptTensor& see
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)
-STABLE_TORCH_LIBRARY_FRAGMENT(vtk, m) {
+VTK_FRAGMENT(m) {
   // Greedy diversity by cosine similarity: farthest-first ("max_min") or least summed similarity ("max_sum").
   m.def(
       "select_diverse(Tensor features, SymInt keep, Tensor? seed=None, *, str mode=\"max_min\", Tensor? "

@@ -55,8 +55,8 @@ __device__ float warp_dot(const T* x, const T* y, int32_t channels) {
     if constexpr (kVector) {
       const uint4 a = reinterpret_cast<const uint4*>(x)[v], b = reinterpret_cast<const uint4*>(y)[v];
       T p[kWidth], q[kWidth];
-      memcpy(p, &a, sizeof a);
-      memcpy(q, &b, sizeof b);
+      memcpy(static_cast<void*>(p), &a, sizeof a);
+      memcpy(static_cast<void*>(q), &b, sizeof b);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) acc[i] = __fmaf_rn(to_float(p[i]), to_float(q[i]), acc[i]);
     } else {
