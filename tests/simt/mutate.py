@@ -72,18 +72,7 @@ def main() -> int:
         shutil.copytree(ROOT / "csrc", tree / "csrc")
         shutil.copytree(ROOT / "python", tree / "python")
         environment = os.environ | {"PYTHONPATH": f"{tree / 'python'}:{ROOT}"}
-        test = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            options.select,
-            *options.tests,
-        ]
+        test = [sys.executable, "-m", "pytest", "-xq", "-k", options.select, *options.tests]
         for source in options.sources or [f"{options.kernel}.cu"]:
             path = tree / "csrc" / source
             original = path.read_text()
