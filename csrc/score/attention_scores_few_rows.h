@@ -138,10 +138,14 @@ class FewRows : Unit {
     const float most = max(best);
     const f32v shift = splat(most == -kInfinity ? 0.0f : most);  // nothing seen: all probabilities 0
     f32v total = {};
-    for (int32_t n = 0; n < limit_[r]; n += kLanes) {
-      f32v e = exp2_bounded(load(x + n) - shift);
-      store(x + n, e);
-      total += e;
+    for (int32_t begin = 0; begin < limit_[r]; begin += kSumKeys * kLanes) {
+      f32v part = {};
+      for (int32_t n = begin; n < std::min(begin + kSumKeys * kLanes, limit_[r]); n += kLanes) {
+        f32v e = exp2_bounded(load(x + n) - shift);
+        store(x + n, e);
+        part += e;
+      }
+      total += part;
     }
     const float all = sum(total);
     weight_[r] = all == 0.0f ? 0.0f : 1.0f / all;

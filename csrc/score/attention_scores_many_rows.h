@@ -195,22 +195,24 @@ class ManyRows : Unit {
   void exp_keys(int32_t g, int32_t first, f32v shift_low, f32v shift_high) {
     const int32_t all = seen_by_all(g, first), some = seen_by_some(g, first);
     float *x = tile(g), *totals = &sum_[g * kGroup];
-    f32v total_low = load(totals), total_high = load(totals + kLanes);
     auto probability = [](f32v logit) { return kBounded ? exp2_bounded(logit) : exp2(logit); };
-    for (int32_t n = 0; n < some; ++n) {
-      f32v low = probability(load(x + n * kGroup) - shift_low);
-      f32v high = probability(load(x + n * kGroup + kLanes) - shift_high);
-      if (n >= all) {
-        low = visible(g, 0, first + n) ? low : f32v{};
-        high = visible(g, 1, first + n) ? high : f32v{};
+    for (int32_t begin = 0; begin < some; begin += kSumKeys) {
+      f32v total_low = {}, total_high = {};
+      for (int32_t n = begin; n < std::min(begin + kSumKeys, some); ++n) {
+        f32v low = probability(load(x + n * kGroup) - shift_low);
+        f32v high = probability(load(x + n * kGroup + kLanes) - shift_high);
+        if (n >= all) {
+          low = visible(g, 0, first + n) ? low : f32v{};
+          high = visible(g, 1, first + n) ? high : f32v{};
+        }
+        store(x + n * kGroup, low);
+        store(x + n * kGroup + kLanes, high);
+        total_low += low;
+        total_high += high;
       }
-      store(x + n * kGroup, low);
-      store(x + n * kGroup + kLanes, high);
-      total_low += low;
-      total_high += high;
+      store(totals, load(totals) + total_low);
+      store(totals + kLanes, load(totals + kLanes) + total_high);
     }
-    store(totals, total_low);
-    store(totals + kLanes, total_high);
   }
 
   // From maximum and sum to shift and weight. A NaN sum becomes the shift: every probability of the row is NaN, and
