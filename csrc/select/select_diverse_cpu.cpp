@@ -2,18 +2,20 @@
 //
 //   cos(j, c) = (x_j . x_c) / |x_j| / |x_c|, always summed in the order of dot_panel.h, so what is computed when
 //               cannot change a pick
-//   max_min   lazy: a token's largest similarity to the picks only grows, so a stale one is a lower bound. Each
-//             step refreshes only the tokens whose bound still beats the best exact one, group of picks by group,
-//             and drops a token as soon as it is beaten. Random features need 0.3 of the N * keep dots.
+//   max_min   lazy: a token's largest similarity to the picks only grows, so a stale one is a lower bound. A step
+//             refreshes only tokens whose bound still beats the best exact one, the most promising first, group of
+//             picks by group, and drops a token as soon as it is beaten: 0.3 of the N * keep dots on random features.
 //   max_sum   speculative: when the similarities to a pick are not cached, the next picks are drafted greedily
 //             among the kDraftTokens most promising tokens, and one pass over the features computes all their
 //             rows. A wrong draft costs time only; the panel shrinks when drafts fail.
 //
 // Extra memory per item in work: max_min keep * C floats (the packed picks), max_sum kCachedRows * N floats and
-// kMaxAhead * C; both about 5 N words.
-// Bound: the plain loop reads N * C elements per pick (27 GB/s measured, 6 GFLOP/s of 14); here a pass serves
-// 12 to 16 picks at 60 to 70 of 95 GFLOP/s. Tried and lost: unpacked columns (strides of 4 KiB thrash the first
-// cache level, half the speed), software prefetch of the next rows, converting 16-bit rows once a group.
+// kMaxAhead * C; both about 6 N words.
+// Bound: the plain loop is a matrix-vector product a pick, bound by memory (14 GFLOP/s at 27 GB/s). Here the dots run
+// at 60 to 70 GFLOP/s of 95: max_sum is bound by its N * keep * C multiply-adds, a fifth of it drafts.
+// Tried and lost: unpacked columns (strides of 4 KiB thrash the first cache level, half the speed), software prefetch
+// of the next rows, converting 16-bit rows once a group, sweeping over all stale tokens at once (2.4 times the dots:
+// they miss one pick each and a group has four).
 #include "select/select_diverse.h"
 
 #include <algorithm>
@@ -31,10 +33,10 @@ namespace VTK_ISA {
 namespace {
 
 constexpr float kExcluded = std::numeric_limits<float>::infinity();
-constexpr int kEagerRefreshes = 2;  // tokens refreshed best-first before a step sweeps over the others
+constexpr int kEagerRounds = 8;     // three tokens each, refreshed best-first before a step sweeps over the others
 constexpr int kMaxAheadGroups = 4;  // similarity rows computed in one pass: up to 4 groups of 4
 constexpr int kMaxAhead = kMaxAheadGroups * kPanelWidth;
-constexpr int32_t kDraftTokens = 192;
+constexpr int32_t kDraftTokens = 128;
 constexpr int kCachedRows = 64;
 
 template <class T>
@@ -133,18 +135,36 @@ class LazyMaxMin {
   Extremum next() {
     Extremum best{kExcluded, INT32_MAX};
     for (int round = 0;; ++round) {
-      Extremum candidate = smallest(item_.score.get(), item_.tokens);
+      const Extremum candidate = smallest(item_.score.get(), item_.tokens);
       if (candidate.value == kExcluded || seen_[candidate.index] == item_.count) return candidate;
-      if (round < kEagerRefreshes) {
-        refresh(&candidate.index, 1, best);
-        if (seen_[candidate.index] == item_.count) best = {item_.score[candidate.index], candidate.index};
-      } else {
+      if (round < kEagerRounds / num_threads())
+        refresh_first(best);
+      else
         sweep(best);
-      }
     }
   }
 
  private:
+  // Refreshes the most promising stale tokens and lowers `best` to the best exact one among them.
+  void refresh_first(Extremum& best) {
+    int32_t first[kMaxPanelRows];
+    float bound[kMaxPanelRows];
+    int count = 0;
+    while (count < kMaxPanelRows) {
+      const Extremum next = smallest(item_.score.get(), item_.tokens);
+      if (next.value == kExcluded || seen_[next.index] == item_.count || !before(next.value, next.index, best)) break;
+      first[count] = next.index;
+      bound[count++] = next.value;
+      item_.score[next.index] = kExcluded;  // so that the next search finds the next one
+    }
+    for (int i = 0; i < count; ++i) item_.score[first[i]] = bound[i];
+    refresh(first, count, best);
+    for (int i = 0; i < count; ++i) {
+      const int32_t j = first[i];
+      if (seen_[j] == item_.count && before(item_.score[j], j, best)) best = {item_.score[j], j};
+    }
+  }
+
   // Refreshes every token that may beat `best`; afterwards the smallest score is an exact one.
   void sweep(const Extremum& best) {
     int32_t count = 0;
