@@ -7,6 +7,7 @@ cuda  the CUDA kernels, torch.ops.vtk on CUDA tensors
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 import vtkernels
+from bench import harness
+from tests import verification
 from vtkernels import _library
 
 SIMT_LIBRARY = Path(vtkernels.__file__).parent / "lib" / "libvtk_simt.so"
@@ -70,8 +73,22 @@ def _restore_threads():
     torch.set_num_threads(threads)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="Note the outcomes for docs/verification.md.")
+
+
+def _record(stats) -> list[Path]:
+    outcomes = {r.nodeid: kind for kind in ("passed", "skipped", "failed") for r in stats.get(kind, [])}
+    environment = harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts = {"hardware": environment["device"], "torch": environment["torch"], "commit": environment["commit"]}
+    return verification.record(outcomes, facts | {"date": datetime.date.today().isoformat()})
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """Says how much is unproven here: a skipped backend is a fact about the run, not noise."""
+    if config.getoption("--record"):
+        for path in _record(terminalreporter.stats):
+            terminalreporter.write_line(f"recorded {path.name}")
     waiting = {"cuda": 0, "simt": 0}
     for report in terminalreporter.stats.get("skipped", []):
         for name in waiting:
