@@ -20,6 +20,8 @@ from bench import harness
 from tests import verification
 from vtkernels import _library
 
+NO_GPU = "no GPU on this machine"
+NO_EMULATION = "libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)"
 SIMT_LIBRARY = Path(vtkernels.__file__).parent / "lib" / "libvtk_simt.so"
 
 
@@ -41,7 +43,7 @@ class Backend:
 
 def _cuda_missing() -> str | None:
     if not torch.cuda.is_available():
-        return "no GPU on this machine"
+        return NO_GPU
     return None if _library.LIBRARIES.cuda else f"libvtk_cuda.so is not loaded: {_library.LIBRARIES.cuda_reason}"
 
 
@@ -53,7 +55,7 @@ def backend(request) -> Backend:
         return Backend("cpu", torch.device("cpu"), torch.ops.vtk)
     if request.param == "simt":
         if not SIMT_LIBRARY.exists():
-            pytest.skip("libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)")
+            pytest.skip(NO_EMULATION)
         torch.ops.load_library(str(SIMT_LIBRARY))
         return Backend("simt", torch.device("cpu"), torch.ops.vtk_simt)
     if missing := _cuda_missing():
@@ -89,11 +91,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--record"):
         for path in _record(terminalreporter.stats):
             terminalreporter.write_line(f"recorded {path.name}")
-    waiting = {"cuda": 0, "simt": 0}
-    for report in terminalreporter.stats.get("skipped", []):
-        for name in waiting:
-            waiting[name] += f"[{name}" in report.nodeid or name in report.keywords
-    for name, count in waiting.items():
-        if count:
-            what = "a GPU" if name == "cuda" else "the emulation library (cmake -DVTK_SIMT=ON)"
-            terminalreporter.write_line(f"{count} {name} tests wait for {what}")
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    for reason in (NO_GPU, NO_EMULATION):
+        if count := sum(reason in text for text in reasons):
+            terminalreporter.write_line(f"{count} tests wait: {reason}")
