@@ -14,6 +14,7 @@ endif()
 set(simt_folder ${CMAKE_CURRENT_SOURCE_DIR}/tests/simt)
 set(simt_runtime runtime.cpp memory.cpp symbols.cpp)
 list(TRANSFORM simt_runtime PREPEND ${simt_folder}/)
+set_source_files_properties(${simt_runtime} PROPERTIES COMPILE_OPTIONS -O2)
 # Copies, so that the same sources can be CUDA for one library and C++ for another.
 foreach(source ${cuda_sources})
   set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/simt/${source}.cpp)
@@ -42,7 +43,9 @@ function(vtk_simt_library target kernels others kernel_flags flags)
       ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})
     target_link_libraries(${each} PRIVATE vtk_flags)
   endforeach()
-  target_compile_options(${target}_kernels PRIVATE ${kernel_flags})
+  # As nvcc does: cuda_runtime.h before everything, unroll pragmas, and __half is just bytes.
+  target_compile_options(${target}_kernels PRIVATE
+    "SHELL:-include cuda_runtime.h" -Wno-unknown-pragmas -Wno-sign-compare -Wno-class-memaccess ${kernel_flags})
   target_link_options(${target} PRIVATE ${flags})
 endfunction()
 

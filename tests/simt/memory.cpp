@@ -2,7 +2,7 @@
 //
 // The kernels are compiled with -fsanitize=thread, but linked against the functions at the end of this file instead
 // of the ThreadSanitizer runtime, so that every access that the compiler cannot keep in registers is seen here.
-// For each byte of shared memory the last write and the last read are remembered. Two accesses of different threads
+// For each byte of shared memory the last write, read and atomic are remembered. Two accesses of different threads
 // are ordered when a block barrier (or a fence, which may carry a hand-made protocol) completed between them, or,
 // inside a warp, a __syncwarp. Shuffles and votes order nothing, as in CUDA. Anything else with a write is a race.
 //
@@ -79,13 +79,11 @@ std::string who(const Block& block, const Access& a) {
   return text + source_line(a.code);
 }
 
-const char* verb(bool write, bool atomic) { return atomic ? "an atomic on" : write ? "a write of" : "a read of"; }
-
 // Did everything that `before` stands for happen before the access `now`? Shared memory of one block.
 bool ordered(const Block& block, const Access& now, const Access& before) {
   if (before.epoch != block.epoch) return true;
-  if (before.readers == 2) return false;
-  if (before.thread == now.thread && before.readers == 0) return true;
+  if (before.many == 2) return false;
+  if (before.thread == now.thread && before.many == 0) return true;
   return before.thread / 32 == now.thread / 32 && before.warp_epoch != now.warp_epoch;
 }
 
@@ -94,15 +92,16 @@ bool ordered(const Block& block, const Access& now, const Access& before) {
        other.c_str());
 }
 
-void note_read(Access& read, const Access& now) {
-  if (read.epoch != now.epoch || now.readers == 2 || (read.thread == now.thread && read.readers == 0)) {
-    read = now;
-  } else if (read.readers == 2 || read.thread / 32 != now.thread / 32) {
-    read.readers = 2;
+// Reads do not exclude each other, nor do atomics: one record stands for all of an interval.
+void note(Access& last, const Access& now) {
+  if (last.epoch != now.epoch || now.many == 2 || (last.thread == now.thread && last.many == 0)) {
+    last = now;
+  } else if (last.many == 2 || last.thread / 32 != now.thread / 32) {
+    last.many = 2;
   } else {
-    const bool same_interval = read.warp_epoch == now.warp_epoch;
-    read = now;
-    read.readers = same_interval ? 1 : 0;
+    const bool same_interval = last.warp_epoch == now.warp_epoch;
+    last = now;
+    last.many = same_interval ? 1 : 0;
   }
 }
 
@@ -154,28 +153,34 @@ void check(uintptr_t address, size_t bytes, bool write, bool atomic, const void*
   const bool remote = f->block != &block;
   const uint16_t thread = remote ? kOtherBlock : static_cast<uint16_t>(f->thread);
   const uint32_t warp_epoch = remote ? 0 : block.warps[thread / 32].epoch;
-  const Access now = {
-      block.epoch, warp_epoch, code_offset(code), thread, atomic, in_flight, static_cast<uint8_t>(remote ? 2 : 0)};
+  const Access now = {block.epoch, warp_epoch, code_offset(code),
+                      thread,      in_flight,  static_cast<uint8_t>(remote ? 2 : 0)};
+  const char* what = atomic ? "an atomic on" : write ? "a write of" : "a read of";
   for (size_t i = at; i < at + bytes; ++i) {
     Shadow& s = block.shadow[i];
-    if (s.write.epoch < block.start_epoch) {
-      if (!write || atomic) report("before anybody wrote it: a read of", i, bytes, code, "");
-    } else if (s.write.in_flight && !in_flight) {
-      report((std::string("before its cp.async was waited for: ") + verb(write, atomic)).c_str(), i, bytes, code,
+    auto exclude = [&](const Access& before, const char* how) {
+      if (before.epoch >= block.start_epoch && !ordered(block, now, before))
+        report((std::string("race: ") + what).c_str(), i, bytes, code,
+               std::string(" without a barrier after ") + how + " it by " + who(block, before));
+    };
+    // A byte without its poison was written where the compiler calls no hook.
+    if (std::max(s.write.epoch, s.atomic.epoch) < block.start_epoch && (!write || atomic) &&
+        reinterpret_cast<unsigned char*>(address)[i - at] == kPoison)
+      report((std::string("before anybody wrote it: ") + what).c_str(), i, bytes, code, "");
+    if (s.write.in_flight && s.write.epoch >= block.start_epoch && !in_flight)
+      report((std::string("before its cp.async was waited for: ") + what).c_str(), i, bytes, code,
              ", copied by " + who(block, s.write));
-    } else if (!(atomic && s.write.atomic) && !ordered(block, now, s.write)) {
-      report((std::string("race: ") + verb(write, atomic)).c_str(), i, bytes, code,
-             std::string(" without a barrier after ") + verb(true, s.write.atomic) + " it by " + who(block, s.write));
+    exclude(s.write, "a write of");
+    if (!atomic) exclude(s.atomic, "an atomic on");
+    if (write || atomic) exclude(s.read, "a read of");
+    if (atomic) {
+      note(s.atomic, now);
+    } else if (write) {
+      s.write = now;
+      s.write.many = 0;
+    } else {
+      note(s.read, now);
     }
-    if (!write) {
-      note_read(s.read, now);
-      continue;
-    }
-    if (s.read.epoch >= block.start_epoch && !(atomic && s.read.atomic) && !ordered(block, now, s.read))
-      report((std::string("race: ") + verb(write, atomic)).c_str(), i, bytes, code,
-             " without a barrier after a read of it by " + who(block, s.read));
-    s.write = now;
-    s.write.readers = 0;
   }
 }
 

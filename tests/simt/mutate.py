@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("kernel", help="family/op")
     parser.add_argument("sources", nargs="*", help="files under csrc to mutate; default the kernel itself")
     parser.add_argument("--tests", nargs="+", required=True)
+    parser.add_argument("--select", default="simt", help="pytest -k")
     parser.add_argument("--build", type=Path, default=ROOT / "build/dev")
     options = parser.parse_args()
     survivors = []
@@ -71,7 +72,7 @@ def main() -> int:
         shutil.copytree(ROOT / "csrc", tree / "csrc")
         shutil.copytree(ROOT / "python", tree / "python")
         environment = os.environ | {"PYTHONPATH": f"{tree / 'python'}:{ROOT}"}
-        test = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "simt", *options.tests]
+        test = [sys.executable, "-m", "pytest", "-xq", "-k", options.select, *options.tests]
         for source in options.sources or [f"{options.kernel}.cu"]:
             path = tree / "csrc" / source
             original = path.read_text()

@@ -47,6 +47,7 @@ namespace {
 
 std::mutex launch_mutex;
 std::vector<Fiber*> fiber_pool;
+std::vector<Fiber*> released;  // by the rendezvous being completed
 std::map<const void*, size_t> allowed_dynamic;
 
 // ---- Text ----
@@ -264,7 +265,7 @@ void complete_block_barrier(Block& block) {
   for (Fiber* f : block.fibers) f->result = static_cast<uint64_t>(result);
   block.at_barrier = 0;
   next_epoch(block);
-  std::vector<Fiber*> released = block.fibers;
+  released = block.fibers;
   make_ready(released);
 }
 
@@ -318,7 +319,7 @@ uint64_t warp_result(const Fiber& f, Fiber* const* lanes) {
 
 void complete_warp_op(Block& block, int warp, uint32_t members, WarpOp op) {
   Fiber* lanes[32] = {};
-  std::vector<Fiber*> released;
+  released.clear();
   for (int l = 0; l < 32; ++l)
     if (members >> l & 1) released.push_back(lanes[l] = block.fibers[warp * 32 + l]);
   if (op == WarpOp::kCall) {
@@ -337,6 +338,7 @@ void complete_warp_op(Block& block, int warp, uint32_t members, WarpOp op) {
     f->result = lanes[source_lane(*f)]->operand;
   }
   block.warps[warp].waiting &= ~members;
+  block.warps[warp].alike = 0;
   if (op == WarpOp::kSync) ++block.warps[warp].epoch;
   make_ready(released);
 }
@@ -371,18 +373,26 @@ uint64_t warp_rendezvous(WarpOp op, unsigned mask, uint64_t operand, int argumen
          members);
   // Whoever waits for this lane must wait at this operation; lanes still busy with others of theirs may yet come.
   // __syncwarp may be reached on different lines.
-  uint32_t here = 1u << f.lane;
-  for (uint32_t others = mask & warp.waiting; others != 0; others &= others - 1) {
-    const Fiber& other = *block.fibers[f.thread / 32 * 32 + __builtin_ctz(others)];
-    const bool same =
-        other.mask == mask && other.warp_op == op && (op == WarpOp::kSync || other.site.line == site.line);
-    if (!same && (other.mask >> f.lane & 1))
-      fail("divergent warp: it calls %s of lanes 0x%08x %s while %s %s", name(op), mask, name(site).c_str(),
-           name(other).c_str(), whereabouts(other).c_str());
-    if (same) here |= 1u << other.lane;
+  const uint32_t own = 1u << f.lane;
+  auto same = [&](const Fiber& other) {
+    return other.mask == mask && other.warp_op == op && (op == WarpOp::kSync || other.site.line == site.line);
+  };
+  auto lane = [&](uint32_t lanes) -> const Fiber& { return *block.fibers[f.thread / 32 * 32 + __builtin_ctz(lanes)]; };
+  uint32_t here = own;
+  if (warp.waiting != 0 && warp.waiting == warp.alike && same(lane(warp.alike))) {
+    here |= warp.alike;
+  } else {
+    for (uint32_t others = mask & warp.waiting; others != 0; others &= others - 1) {
+      const Fiber& other = lane(others);
+      if (same(other)) here |= 1u << other.lane;
+      if (!same(other) && (other.mask & own) != 0)
+        fail("divergent warp: it calls %s of lanes 0x%08x %s while %s %s", name(op), mask, name(site).c_str(),
+             name(other).c_str(), whereabouts(other).c_str());
+    }
   }
+  warp.alike = here == (warp.waiting | own) ? here : 0;
   f.state = State::kAtWarpOp;
-  warp.waiting |= 1u << f.lane;
+  warp.waiting |= own;
   if (here == members) complete_warp_op(block, f.thread / 32, members, op);
   reschedule();
   return f.result;
@@ -396,7 +406,7 @@ void named_barrier(int id, int threads, bool wait, Site site) {
   f.named = id, f.site = site;
   if (wait) f.state = State::kAtNamedBarrier;
   if (++block.named_arrived[id] == threads) {
-    std::vector<Fiber*> released;
+    released.clear();
     for (Fiber* other : block.fibers)
       if (other->state == State::kAtNamedBarrier && other->named == id) released.push_back(other);
     block.named_arrived[id] = 0;

@@ -43,22 +43,22 @@ struct Fiber {
 struct Warp {
   uint32_t lanes = 0;    // that exist: the last warp of a block may be short
   uint32_t waiting = 0;  // at a warp operation
+  uint32_t alike = 0;    // equal to `waiting` when all of those wait at the same one
   uint32_t epoch = 0;    // completed __syncwarp
 };
 
-// Who touched a byte of shared memory last, and in which interval between barriers.
+// Who touched a byte of shared memory last in one way, and in which interval between barriers.
 struct Access {
   uint32_t epoch = 0;
   uint32_t warp_epoch = 0;
   uint32_t code = 0;  // offset of the instruction in this library
   uint16_t thread = 0;
-  uint8_t atomic = 0;
   uint8_t in_flight = 0;  // writes only: by a cp.async that nobody has waited for
-  uint8_t readers = 0;    // reads only: 0 one thread, 1 several lanes of a warp, 2 several warps
+  uint8_t many = 0;       // reads and atomics: 0 one thread, 1 several lanes of a warp, 2 several warps
 };
 
 struct Shadow {
-  Access write, read;
+  Access write, read, atomic;
 };
 
 struct Block {

@@ -349,8 +349,98 @@ def select_diverse(
     drop_mask: Tensor | None = None,
     order: str = "position",
 ) -> Tensor:
-    return torch.ops.vtk.select_diverse(features, keep, seed, mode=mode, drop_mask=drop_mask, order=order)
+    """Selects tokens that are unlike each other, greedily, by cosine similarity.
+
+    ``picked = [seed]``, then ``keep - 1`` times ``picked += [argbest_j f(j)]`` over the unpicked j, with
+
+    - ``"max_min"``: the largest ``f(j) = min_{c in picked} 1 - cos(features[j], features[c])`` (farthest-first,
+      k-center);
+    - ``"max_sum"``: the smallest ``f(j) = sum_{c in picked} cos(features[j], features[c])``.
+
+    Ties: the lower index wins. Similarities are float32. A token whose norm is below 1.1e-19 counts as a zero vector
+    and has similarity 0 with every token; a token with a NaN, an infinity or an infinite norm ranks last (picked when
+    nothing else is left, lower index first) and, as the seed, has similarity 0 with every token. The result carries
+    no gradient.
+
+    Args:
+        features: float32, float16 or bfloat16 ``[B, N, C]``; any batch and token strides, contiguous last dimension.
+        keep: tokens to select in each row, ``0 <= keep <= N``.
+        seed: int64 ``[B]``, the first pick of each row; it counts toward ``keep``. Default: token 0, or the lowest
+            token that ``drop_mask`` allows.
+        mode: ``"max_min"`` or ``"max_sum"``.
+        drop_mask: bool ``[B, N]``; True tokens are never picked.
+        order: ``"position"`` (ascending indices) or ``"pick"`` (the order of the picks).
+
+    Returns:
+        ``indices`` int64 ``[B, keep]``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, ``keep`` or option that does not fit, naming the argument. On the CPU
+            also a seed outside ``0 <= seed < N``, a seed that is dropped, and fewer allowed tokens than ``keep``. On
+            CUDA these are clamped, because reporting them needs a synchronisation: the seed into the range, a
+            dropped seed to the lowest allowed token, and the lowest-indexed dropped tokens fill up.
+
+    Extra memory, for each row in work: on the CPU ``4 * keep * C`` bytes for ``"max_min"``, ``256 * N + 64 * C`` for
+    ``"max_sum"``, and about ``24 * N``; on CUDA about ``16 * N``.
+
+    Example:
+        >>> angles = torch.tensor([0.0, 0.1, 1.5, 3.1])
+        >>> features = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+        >>> select_diverse(features, keep=3).tolist()
+        [[0, 2, 3]]
+        >>> select_diverse(features, keep=3, order="pick").tolist()
+        [[0, 3, 2]]
+
+    ToDRE (arXiv 2505.18757; v1 is ``"max_min"``, v2 is ``"max_sum"``), DivPrune (arXiv 2503.02175).
+    """
+    return torch.ops.vtk.select_diverse.default(features, keep, seed, mode=mode, drop_mask=drop_mask, order=order)
 
 
 def select_cover(gains: Tensor, keep: int, *, drop_mask: Tensor | None = None, order: str = "position") -> Tensor:
-    return torch.ops.vtk.select_cover(gains, keep, drop_mask=drop_mask, order=order)
+    """Selects the tokens that together cover most, greedily.
+
+    ``covered_r = 0``, then ``keep`` times: pick ``argmax_j sum_r max(gains[r, j] - covered_r, 0)`` over the unpicked
+    j and set ``covered_r = max(covered_r, gains[r, j])``. Ties: the lower index wins, so when nothing more can be
+    gained the lowest unpicked indices follow. Sums are float32. A NaN gain counts as 0, a negative one adds nothing.
+    The result carries no gradient.
+
+    Args:
+        gains: float32, float16 or bfloat16 ``[B, R, N]``: how well token j covers row r, row weights multiplied in;
+            any batch and row strides, contiguous last dimension.
+        keep: tokens to select, ``0 <= keep <= N``.
+        drop_mask: bool ``[B, N]``; True tokens are never picked.
+        order: ``"position"`` (ascending indices) or ``"pick"`` (the order of the picks).
+
+    Returns:
+        ``indices`` int64 ``[B, keep]``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, ``keep`` or option that does not fit, naming the argument. On the CPU
+            also fewer allowed tokens than ``keep``; on CUDA the lowest-indexed dropped tokens fill up, because a
+            report needs a synchronisation.
+
+    Extra memory, for each batch item in work: on the CPU a transposed copy of the gains, ``4.5 * N * R`` bytes (the
+    greedy loop reads columns); on CUDA about ``4 * R + 16 * N`` bytes.
+
+    Example:
+        >>> gains = torch.tensor([[[3.0, 2.0, 0.0], [0.0, 2.0, 1.0]]])
+        >>> select_cover(gains, keep=2, order="pick").tolist()
+        [[1, 0]]
+
+    MMTok (arXiv 2508.18264).
+    """
+    return torch.ops.vtk.select_cover.default(gains, keep, drop_mask=drop_mask, order=order)
+
+
+@torch.library.register_fake("vtk::select_diverse")
+def _(features, keep, seed=None, **_options):
+    batch, count, _ = features.shape
+    torch._check(keep >= 0 and keep <= count, lambda: f"vtk::select_diverse: keep = {keep} of N tokens")
+    return _index_like(features, batch, keep)
+
+
+@torch.library.register_fake("vtk::select_cover")
+def _(gains, keep, **_options):
+    batch, _, count = gains.shape
+    torch._check(keep >= 0 and keep <= count, lambda: f"vtk::select_cover: keep = {keep} of N tokens")
+    return _index_like(gains, batch, keep)
