@@ -120,7 +120,7 @@ class ManyRows : Unit {
   void compute_logits(int32_t first) {
     const int32_t end = std::min(first + plan.block_keys, last_limit());
     const float scale = p.scale * kLog2E;
-    const int64_t ahead = sizeof(T) == sizeof(float) ? kTileKeys * p.key_stride_row : 0;
+    const int64_t ahead = in_place() ? kTileKeys * p.head_dim : 0;  // to prefetch the next keys
     for (int32_t n = first; n < end; n += kTileKeys) {
       const float* keys[kTileKeys];
       for (int i = 0; i < kTileKeys; ++i) keys[i] = key_floats(std::min(n + i, end - 1), i);
@@ -136,18 +136,21 @@ class ManyRows : Unit {
     }
   }
 
-  // Key n as float32: in place, or converted to slot i.
+  // Rows that lie together as float32 are read in place. Others are copied six at a time: converted, or brought
+  // together, since rows a multiple of 4 KiB apart (interleaved heads) fight for the same sets of L1.
+  bool in_place() const { return sizeof(T) == sizeof(float) && p.key_stride_row == p.head_dim; }
+
+  // Key n as float32, in place or copied to slot i.
   const float* key_floats(int32_t n, int i) {
     const T* from = key_at<T>(head_ / (p.num_heads / p.key_heads), n);
     if constexpr (sizeof(T) == sizeof(float)) {
-      return from;
-    } else {
-      float* to = &keys_[i * p.head_dim];
-      int32_t d = 0;
-      for (; d + kLanes <= p.head_dim; d += kLanes) store(to + d, load(from + d));
-      for (; d < p.head_dim; ++d) to[d] = to_float(from[d]);
-      return to;
+      if (in_place()) return from;
     }
+    float* to = &keys_[i * p.head_dim];
+    int32_t d = 0;
+    for (; d + kLanes <= p.head_dim; d += kLanes) store(to + d, load(from + d));
+    for (; d < p.head_dim; ++d) to[d] = to_float(from[d]);
+    return to;
   }
 
   void find_normalisers() {
