@@ -14,8 +14,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/.built
 	$(BIN)/vtk demo
 
+# NOTE: two workers with two threads each on two cores run many times slower than with one thread each.
 test: $(VENV)/.built lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench
