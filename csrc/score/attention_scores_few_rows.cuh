@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kFewThreads)
 }
 
 // blockIdx.x = (batch row or head row of the output) * key blocks + key block.
-__global__ void __launch_bounds__(kFewThreads)
+__global__ void __launch_bounds__(kFewThreads, 4)
     few_scores_kernel(const __grid_constant__ AttentionScoresParams p, const __grid_constant__ Plan plan) {
   __shared__ RowState sRows[kFewRows];
   const int32_t key_blocks = (p.num_keys + kFewThreads - 1) / kFewThreads;
