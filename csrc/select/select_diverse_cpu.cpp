@@ -137,7 +137,7 @@ class LazyMaxMin {
     for (int round = 0;; ++round) {
       const Extremum candidate = smallest(item_.score.get(), item_.tokens);
       if (candidate.value == kExcluded || seen_[candidate.index] == item_.count) return candidate;
-      if (round < kEagerRounds / num_threads())
+      if (round < std::max(1, kEagerRounds / num_threads()))  // more threads gain more from the sweep
         refresh_first(best);
       else
         sweep(best);
