@@ -4,7 +4,7 @@
 
 namespace vtk {
 
-// 64-byte aligned, uninitialised; null when memory is short.
+// Page aligned, uninitialised; null when memory is short.
 void* allocate_host(size_t bytes);
 void free_host(void* data, size_t bytes);
 
