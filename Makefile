@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc cmake tests/simt -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake tests/simt -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test bench lint clean
