@@ -31,20 +31,30 @@ simt_wrappers(simt_cuda_sources ${simt_op_kernels})
 file(GLOB simt_faults CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}/faults/*.cu)
 simt_wrappers(simt_fault_sources ${simt_faults})
 
-# vtk_simt_library(TARGET "kernel sources" "other sources" "flags of kernels" "flags of everything"):
+# vtk_simt_options(TARGET "flags"): what everything of an emulated library is compiled with.
+function(vtk_simt_options target flags)
+  # NOTE: -fno-strict-aliasing: CuTe recasts registers, and gives wrong results on the host without it.
+  target_compile_options(${target} PRIVATE -O1 -g -fno-strict-aliasing ${flags})
+  target_compile_definitions(${target} PRIVATE VTK_BACKEND_CUDA VTK_BACKEND_SIMT)
+  set_target_properties(${target} PROPERTIES CXX_STANDARD 20)  # the emulated headers; kernels stay C++17 for nvcc
+  target_include_directories(${target} BEFORE PRIVATE ${simt_folder}/include)
+  target_include_directories(${target} SYSTEM PRIVATE
+    ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})
+  target_link_libraries(${target} PRIVATE vtk_flags)
+endfunction()
+
+# vtk_simt_library(TARGET "kernel sources" "other sources" "flags of kernels" "flags of everything"): each library has
+# an emulator of its own, from objects that are compiled once for the same flags.
 function(vtk_simt_library target kernels others kernel_flags flags)
+  string(MAKE_C_IDENTIFIER "simt_runtime${flags}" runtime)
+  if(NOT TARGET ${runtime})
+    add_library(${runtime} OBJECT ${simt_runtime})
+    vtk_simt_options(${runtime} "${flags}")
+  endif()
   add_library(${target}_kernels OBJECT ${kernels})
-  add_library(${target} SHARED ${simt_runtime} ${others} $<TARGET_OBJECTS:${target}_kernels>)
-  foreach(each ${target} ${target}_kernels)
-    # NOTE: -fno-strict-aliasing: CuTe recasts registers, and gives wrong results on the host without it.
-    target_compile_options(${each} PRIVATE -O1 -g -fno-strict-aliasing ${flags})
-    target_compile_definitions(${each} PRIVATE VTK_BACKEND_CUDA VTK_BACKEND_SIMT)
-    set_target_properties(${each} PROPERTIES CXX_STANDARD 20)  # the emulated headers; kernels stay C++17 for nvcc
-    target_include_directories(${each} BEFORE PRIVATE ${simt_folder}/include)
-    target_include_directories(${each} SYSTEM PRIVATE
-      ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})
-    target_link_libraries(${each} PRIVATE vtk_flags)
-  endforeach()
+  add_library(${target} SHARED ${others} $<TARGET_OBJECTS:${runtime}> $<TARGET_OBJECTS:${target}_kernels>)
+  vtk_simt_options(${target} "${flags}")
+  vtk_simt_options(${target}_kernels "${flags}")
   # As nvcc does: cuda_runtime.h before everything, unroll pragmas, and __half is just bytes.
   target_compile_options(${target}_kernels PRIVATE
     "SHELL:-include cuda_runtime.h" -Wno-unknown-pragmas -Wno-sign-compare -Wno-class-memaccess ${kernel_flags})
