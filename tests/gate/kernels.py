@@ -1,4 +1,4 @@
-"""Every CUDA kernel by source file, each in its class: HOT (no spill, no stack frame) or an Exception with its reason.
+"""Every CUDA kernel by source file, each in its class: HOT (no spill, no stack frame) or Allowed with its reason.
 
 A kernel that is not here fails the gate, and so does an entry whose kernel is gone.
 """

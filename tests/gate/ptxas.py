@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .kernels import Allowed
@@ -38,7 +38,6 @@ class Usage:
     spill_loads: int
     registers: int | None = None
     shared: int = 0
-    constant: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ def parse(source: str, log: str) -> Iterable[Usage]:
             usage = Usage(source, name, entry[2], *map(int, figures))
             if name == entry[1]:
                 shared = re.search(r"(\d+) bytes smem", used[2])
-                constant = sum(map(int, re.findall(r"(\d+) bytes cmem", used[2])))
-                extra = {"shared": int(shared[1]) if shared else 0, "constant": constant}
-                usage = Usage(**vars(usage) | extra | {"registers": int(used[1])})
+                usage = replace(usage, registers=int(used[1]), shared=int(shared[1]) if shared else 0)
             yield usage
 
 
@@ -144,7 +141,7 @@ def problems(report: Report, classes: Mapping[str, Mapping[str, Allowed]]) -> li
     return sorted(found)
 
 
-HEADER = ("kernel", "architecture", "instances", "registers", "shared", "constant", "stack", "spill stores", "loads")
+HEADER = ("kernel", "architecture", "instances", "registers", "shared", "stack", "spill stores", "loads")
 
 
 def rows(report: Report, every_instance: bool = False) -> list[tuple[str, ...]]:
@@ -154,7 +151,7 @@ def rows(report: Report, every_instance: bool = False) -> list[tuple[str, ...]]:
     for usage in report.usages:
         name = names[usage.symbol]
         groups[usage.source, name if every_instance else base(name), usage.architecture].append(usage)
-    figures = ("registers", "shared", "constant", "stack", "spill_stores", "spill_loads")
+    figures = ("registers", "shared", "stack", "spill_stores", "spill_loads")
     return [
         (name, architecture, str(len(group)), *(str(max(getattr(u, f) or 0 for u in group)) for f in figures))
         for (_, name, architecture), group in sorted(groups.items())
