@@ -1,5 +1,5 @@
-// The main loop of kernels that reduce a matrix of dot products without storing it: 64 stationary rows times a stream of
-// 64-row tiles, each product of tiles handed to the caller in registers.
+// The main loop of kernels that reduce a matrix of dot products without storing it: 64 stationary rows times a stream
+// of 64-row tiles, each product of tiles handed to the caller in registers.
 //
 // 4 warps; a warp owns 16 stationary rows. float16 and bfloat16: mma m16n8k16; float32: FFMA, so that float32 products
 // are float32 sums. Depth is taken in chunks of 256 bytes a row; the next chunk arrives by cp.async meanwhile.
@@ -109,8 +109,7 @@ __device__ void load_tile(unsigned char* tile, const Rows& rows, int32_t first, 
     if (rows.aligned) {
       ptx::cp_async_16(to, from, present);
     } else {
-      for (int i = 0; i < kElements; ++i)
-        reinterpret_cast<T*>(to)[i] = present && d + i < channels ? from[i] : T(0.0f);
+      for (int i = 0; i < kElements; ++i) reinterpret_cast<T*>(to)[i] = present && d + i < channels ? from[i] : T(0.0f);
     }
   }
 }
