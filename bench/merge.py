@@ -63,13 +63,18 @@ def eager_merge(tokens: Tensor, metric: Tensor, r: int, size: Tensor) -> tuple[T
 
 
 def check_merge(ours: object, peer: object) -> None:
-    """The same rows, up to edges that rounding decides."""
-    merged, size = (t.float() for t in ours[:2])
-    expected, expected_size = (t.float() for t in peer[:2])
-    tolerance = 1e-4 if ours[0].dtype == torch.float32 else 5e-2
-    same = ((merged - expected).abs() <= tolerance * (1 + expected.abs())).all(-1).float().mean().item()
-    if same < 0.97 or abs(size.sum() - expected_size.sum()) > 0.5:
+    """The same rows, up to edges that rounding decides; in 16 bits torch rounds the similarities, so it merges other
+    tokens, and only the totals must agree.
+    """
+    (merged, size), (expected, expected_size) = (
+        (t.double().reshape(*t.shape[:2], -1) for t in x[:2]) for x in (ours, peer)
+    )
+    same = ((merged - expected).abs() <= 1e-4 * (1 + expected.abs())).all(-1).double().mean().item()
+    if ours[0].dtype == torch.float32 and same < 0.97:
         raise AssertionError(f"only {same:.1%} of the rows agree")
+    total, expected_total = (merged * size).sum(1), (expected * expected_size).sum(1)
+    if (total - expected_total).norm() > 0.01 * expected_total.norm():
+        raise AssertionError("the sums over all tokens differ")
 
 
 def inputs(shape: tuple[int, int, int], channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:

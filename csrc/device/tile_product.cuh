@@ -18,6 +18,7 @@ inline constexpr int kTileRowBytes = 256;  // of a tile's depth chunk
 inline constexpr int kPaddedBytes = kTileRowBytes + 16;
 inline constexpr int kTileBytes = kTile * kPaddedBytes;
 inline constexpr int kTileProductBytes = 4 * kTileBytes;  // dynamic shared memory
+inline constexpr int kTileBlocks = 3;                     // of a multiprocessor of sm_90, which that memory allows
 
 // 64 x 64 products by FFMA. Eight lanes share 4 stationary rows; the streamed rows are interleaved over the lanes.
 struct FloatTile {

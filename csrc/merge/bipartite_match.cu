@@ -157,7 +157,7 @@ struct ListedRows {
 
 // blockIdx.x = (item * source tiles + source tile) * parts + part.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     match_kernel(const __grid_constant__ BipartiteMatchParams p, const __grid_constant__ Workspace w, bool aligned) {
   VTK_DYNAMIC_SHARED(shared);
   __shared__ float sInverse[2][kTile];

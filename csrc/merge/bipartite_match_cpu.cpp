@@ -1,13 +1,14 @@
 // bipartite_match on the CPU: a tiled matrix product whose results are reduced to a running arg-max in registers.
 //
-//   split    lists the sources and destinations of every item
+//   split    lists the sources and destinations of an item
 //   unit     x / |x| of all of them, once, as float32: sources transposed in groups of 2 vectors, destinations as rows
 //   match    a lane is a source, destinations are broadcast six at a time: 12 accumulators, 8 loads for 12 FMAs.
 //            Each lane keeps its best similarity and destination, so nothing is ever reduced across lanes.
 //   merge    the r best edges by nth_element over (similarity, source) packed in one integer, then the output rows
 //
 // Every dot product has one summation order, channels ascending, so neither threads nor tiles can change a result.
-// Extra memory: the unit vectors, 4 N C bytes an item, and about 32 N. Bound: N^2 / 4 * C multiply-adds an item.
+// Enough items: a thread each. Few: the threads share every item.
+// Extra memory: the unit vectors, 4 N C bytes, and about 32 N, of an item in work. Bound: N^2 / 4 * C multiply-adds.
 #include "merge/bipartite_match.h"
 
 #include <algorithm>
@@ -25,7 +26,7 @@ namespace {
 
 constexpr int kGroup = 2 * kLanes;       // sources of a register tile
 constexpr int kTileDestinations = 6;     // destinations of one
-constexpr int kBlockGroups = 4;          // groups that share a pass over the destinations
+constexpr int kBlock = 4 * kGroup;       // sources that share a pass over the destinations
 constexpr int64_t kWorkGrain = 1 << 17;  // multiply-adds that pay for a fork
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -70,79 +71,64 @@ float inverse_norm(const T* x, int32_t channels) {
   return squared >= kMinSquaredNorm ? 1.0f / std::sqrt(squared) : 0.0f;
 }
 
-// The tokens of all items, split in two, and what is known of each source.
+// One item: its tokens, split in two, and what is known of each source.
 class Matcher {
  public:
-  explicit Matcher(const BipartiteMatchParams& params)
+  Matcher(const BipartiteMatchParams& params, int64_t b)
       : p(params),
-        most_sources_(p.rank == nullptr ? (p.num_tokens + 1) / 2 : p.num_tokens),
-        most_destinations_(p.rank == nullptr ? p.num_tokens / 2 : p.num_tokens),
-        padded_sources_(round_up(most_sources_, kGroup)),
-        blocks_(round_up(padded_sources_, kBlockGroups * kGroup) / (kBlockGroups * kGroup)),
-        sources_(scratch<int32_t>(p.batch * most_sources_)),
-        destinations_(scratch<int32_t>(p.batch * most_destinations_)),
-        counts_(scratch<Counts>(p.batch)),
-        source_units_(scratch<float>(p.batch * padded_sources_ * p.channels)),
-        destination_units_(scratch<float>(p.batch * most_destinations_ * p.channels)),
-        best_(scratch<float>(p.batch * padded_sources_)),
-        partner_(scratch<int32_t>(p.batch * padded_sources_)) {}
+        b(b),
+        sources_(scratch<int32_t>(p.num_tokens)),
+        destinations_(scratch<int32_t>(p.num_tokens)),
+        owner_(p.owner + b * p.num_tokens) {
+    split();
+    const int64_t padded = round_up(num_sources_, kGroup);
+    source_units_ = scratch<float>(padded * p.channels);
+    destination_units_ = scratch<float>(int64_t{num_destinations_} * p.channels);
+    best_ = scratch<float>(padded);
+    partner_ = scratch<int32_t>(padded);
+  }
 
   void run() {
-    parallel_for(p.batch, std::max<int64_t>(1, (1 << 14) / std::max(p.num_tokens, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) split(b);
-    });
     switch (p.dtype) {
       case DType::kFloat32: normalise<float>(); break;
       case DType::kFloat16: normalise<f16>(); break;
       case DType::kBFloat16: normalise<bf16>(); break;
     }
-    const int64_t block_work = int64_t{kBlockGroups} * kGroup * most_destinations_ * p.channels;
-    parallel_for(p.batch * blocks_, std::max<int64_t>(1, kWorkGrain / std::max<int64_t>(block_work, 1)),
+    const int64_t block_work = std::max<int64_t>(1, int64_t{kBlock} * num_destinations_ * p.channels);
+    parallel_for((num_sources_ + kBlock - 1) / kBlock, std::max<int64_t>(1, kWorkGrain / block_work),
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t unit = begin; unit < end; ++unit) match(unit / blocks_, unit % blocks_);
+                   for (int64_t block = begin; block < end; ++block) match(static_cast<int32_t>(block) * kBlock);
                  });
-    parallel_for(p.batch, std::max<int64_t>(1, (1 << 12) / std::max(p.num_tokens, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) merge(b);
-    });
+    if (p.similarity != nullptr) write_similarity();
+    merge();
   }
 
  private:
-  struct Counts {
-    int32_t sources, destinations;
-  };
-  int32_t* sources(int64_t b) { return &sources_[b * most_sources_]; }
-  int32_t* destinations(int64_t b) { return &destinations_[b * most_destinations_]; }
-
-  void split(int64_t b) {
-    Counts counts = {0, 0};
+  void split() {
     for (int32_t n = 0; n < p.num_tokens; ++n) {
       if (is_protected(p, b, n)) continue;
       if (is_source(p, b, n))
-        sources(b)[counts.sources++] = n;
+        sources_[num_sources_++] = n;
       else
-        destinations(b)[counts.destinations++] = n;
+        destinations_[num_destinations_++] = n;
     }
-    counts_[b] = counts;
   }
 
-  // Source s of item b goes to column s % kGroup of its group [C, kGroup], destination d to row d [C].
+  // Source s becomes column s % kGroup of its group [C, kGroup], destination d row d [C].
   template <class T>
   void normalise() {
-    const int64_t rows = most_sources_ + most_destinations_;
-    parallel_for(p.batch * rows, std::max<int64_t>(1, kWorkGrain / (4 * p.channels)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / rows, s = i % rows, d = s - most_sources_;
-        const T* base = static_cast<const T*>(p.metric) + b * p.stride_batch;
-        if (d >= 0) {
-          if (d < counts_[b].destinations)
-            unit_row(base + destinations(b)[d] * p.stride_token,
-                     &destination_units_[(b * most_destinations_ + d) * p.channels]);
-        } else if (s < counts_[b].sources) {
-          unit_column(base + sources(b)[s] * p.stride_token,
-                      &source_units_[(b * padded_sources_ + s / kGroup * kGroup) * p.channels + s % kGroup]);
-        }
-      }
-    });
+    const T* base = static_cast<const T*>(p.metric) + b * p.stride_batch;
+    parallel_for(num_sources_ + num_destinations_, std::max<int64_t>(1, kWorkGrain / (4 * p.channels)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t d = i - num_sources_;
+                     if (d >= 0)
+                       unit_row(base + destinations_[d] * p.stride_token, &destination_units_[d * p.channels]);
+                     else
+                       unit_column(base + sources_[i] * p.stride_token,
+                                   &source_units_[i / kGroup * kGroup * p.channels + i % kGroup]);
+                   }
+                 });
   }
 
   template <class T>
@@ -159,22 +145,19 @@ class Matcher {
     for (int32_t c = 0; c < p.channels; ++c) to[int64_t{c} * kGroup] = to_float(from[c]) * factor;
   }
 
-  // The best destination of each source of a block. A NaN is never better; the first of equals stays.
-  void match(int64_t b, int64_t block) {
-    const int32_t count = counts_[b].destinations, first = static_cast<int32_t>(block) * kBlockGroups * kGroup;
-    const int32_t end = std::min(first + kBlockGroups * kGroup, counts_[b].sources);
-    for (int32_t s = first; s < static_cast<int32_t>(round_up(std::max(end, first), kGroup)); ++s) {
-      best_[b * padded_sources_ + s] = -kInfinity;
-      partner_[b * padded_sources_ + s] = 0;
-    }
-    for (int32_t d = 0; d < count; d += kTileDestinations) {
+  // The best destination of the sources of a block. A NaN is never better; the first of equals stays.
+  void match(int32_t first) {
+    const int32_t end = std::min(first + kBlock, num_sources_);
+    const int64_t padded = round_up(end - first, kGroup);
+    std::fill_n(&best_[first], padded, -kInfinity);
+    std::fill_n(&partner_[first], padded, 0);
+    for (int32_t d = 0; d < num_destinations_; d += kTileDestinations) {
       // The last tile repeats the last destination, which cannot beat itself.
       const float* rows[kTileDestinations];
       for (int i = 0; i < kTileDestinations; ++i)
-        rows[i] = &destination_units_[(b * most_destinations_ + std::min(d + i, count - 1)) * p.channels];
+        rows[i] = &destination_units_[int64_t{std::min(d + i, num_destinations_ - 1)} * p.channels];
       for (int32_t s = first; s < end; s += kGroup)
-        match_tile(rows, d, &source_units_[(b * padded_sources_ + s) * p.channels], &best_[b * padded_sources_ + s],
-                   &partner_[b * padded_sources_ + s]);
+        match_tile(rows, d, &source_units_[int64_t{s} * p.channels], &best_[s], &partner_[s]);
     }
   }
 
@@ -208,73 +191,78 @@ class Matcher {
     }
   }
 
-  void merge(int64_t b) {
-    const Counts counts = counts_[b];
-    const float* best = &best_[b * padded_sources_];
-    auto similarity = [&](int32_t s) { return best[s] == -kInfinity ? kNaN : best[s]; };  // only NaN leaves -inf
-    if (p.similarity != nullptr) {
-      float* out = p.similarity + b * p.num_tokens;
-      std::fill_n(out, p.num_tokens, -kInfinity);
-      for (int32_t s = 0; counts.destinations > 0 && s < counts.sources; ++s) out[sources(b)[s]] = similarity(s);
-    }
+  float similarity(int32_t s) const { return best_[s] == -kInfinity ? kNaN : best_[s]; }  // only NaN leaves -inf
 
+  void write_similarity() {
+    float* out = p.similarity + b * p.num_tokens;
+    std::fill_n(out, p.num_tokens, -kInfinity);
+    for (int32_t s = 0; num_destinations_ > 0 && s < num_sources_; ++s) out[sources_[s]] = similarity(s);
+  }
+
+  void merge() {
     // The best edges come first.
-    Scratch<uint64_t> edges = scratch<uint64_t>(counts.sources);
-    uint64_t *begin = edges.get(), *end = begin + counts.sources, *eligible = counts.destinations > 0 ? end : begin;
-    for (int32_t s = 0; s < counts.sources; ++s) begin[s] = edge_rank(similarity(s), s);
+    Scratch<uint64_t> edges = scratch<uint64_t>(num_sources_);
+    uint64_t *begin = edges.get(), *end = begin + num_sources_, *eligible = num_destinations_ > 0 ? end : begin;
+    for (int32_t s = 0; s < num_sources_; ++s) begin[s] = edge_rank(similarity(s), s);
     if (p.has_threshold)
       eligible = std::partition(begin, eligible, [&](uint64_t e) { return similarity(source_of(e)) > p.threshold; });
     const int32_t merges = std::min(p.merges, static_cast<int32_t>(eligible - begin));
     if (begin + merges < eligible) std::nth_element(begin, begin + merges, eligible, std::greater<uint64_t>());
 
     // Number the survivors, then send the merged after their destinations.
-    int64_t* owner = p.owner + b * p.num_tokens;
-    std::fill_n(owner, p.num_tokens, 0);
-    for (int32_t e = 0; e < merges; ++e) owner[sources(b)[source_of(edges[e])]] = -1;
+    std::fill_n(owner_, p.num_tokens, 0);
+    for (int32_t e = 0; e < merges; ++e) owner_[sources_[source_of(edges[e])]] = -1;
     if (p.order == MergeOrder::kPosition)
-      number_by_position(owner);
+      number_by_position();
     else
-      number_as_tome(b, owner, begin + merges, end);
+      number_as_tome(begin + merges, end);
     for (int32_t e = 0; e < merges; ++e) {
       const int32_t s = source_of(edges[e]);
-      owner[sources(b)[s]] = owner[destinations(b)[partner_[b * padded_sources_ + s]]];
+      owner_[sources_[s]] = owner_[destinations_[partner_[s]]];
     }
   }
 
-  void number_by_position(int64_t* owner) {
+  void number_by_position() {
     int64_t row = 0;
     for (int32_t n = 0; n < p.num_tokens; ++n)
-      if (owner[n] >= 0) owner[n] = row++;
+      if (owner_[n] >= 0) owner_[n] = row++;
   }
 
   // ToMe lists unmerged sources by descending similarity, but by position as soon as a token is protected.
-  void number_as_tome(int64_t b, int64_t* owner, uint64_t* unmerged, uint64_t* end) {
+  void number_as_tome(uint64_t* unmerged, uint64_t* end) {
     int64_t row = 0;
     if (p.protect.data == nullptr) {
       std::sort(unmerged, end, std::greater<uint64_t>());
-      for (; unmerged < end; ++unmerged) owner[sources(b)[source_of(*unmerged)]] = row++;
+      for (; unmerged < end; ++unmerged) owner_[sources_[source_of(*unmerged)]] = row++;
     } else {
       for (int32_t n = 0; n < p.num_tokens; ++n)
-        if (owner[n] >= 0 && is_source(p, b, n)) owner[n] = row++;
+        if (owner_[n] >= 0 && is_source(p, b, n)) owner_[n] = row++;
     }
     for (int32_t n = 0; n < p.num_tokens; ++n)
-      if (!is_source(p, b, n)) owner[n] = row++;
+      if (!is_source(p, b, n)) owner_[n] = row++;
   }
 
   const BipartiteMatchParams& p;
-  const int64_t most_sources_, most_destinations_;
-  const int64_t padded_sources_;
-  const int64_t blocks_;                             // of sources, of an item
-  Scratch<int32_t> sources_, destinations_;          // [B, most], tokens
-  Scratch<Counts> counts_;                           // [B]
-  Scratch<float> source_units_, destination_units_;  // [B, padded / kGroup, C, kGroup], [B, most, C]
-  Scratch<float> best_;                              // [B, padded]
-  Scratch<int32_t> partner_;                         // [B, padded], its destination
+  const int64_t b;
+  Scratch<int32_t> sources_, destinations_;  // tokens
+  int32_t num_sources_ = 0, num_destinations_ = 0;
+  Scratch<float> source_units_, destination_units_;  // [sources / kGroup, C, kGroup], [destinations, C]
+  Scratch<float> best_;                              // [sources]
+  Scratch<int32_t> partner_;                         // [sources], its destination
+  int64_t* const owner_;                             // [N]
 };
 
 }  // namespace
 
-void bipartite_match_cpu(const BipartiteMatchParams& p) { Matcher(p).run(); }
+void bipartite_match_cpu(const BipartiteMatchParams& p) {
+  auto match = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) Matcher(p, b).run();
+  };
+  if (p.batch >= num_threads())
+    parallel_for(p.batch, 1, match);
+  else
+    match(0, p.batch);
+}
 
 }  // namespace VTK_ISA
 }  // namespace vtk

@@ -35,8 +35,9 @@ __device__ TileRows<T> key_rows(const AttentionScoresParams& p, int32_t b, int32
 
 // blockIdx.x = (head * row tiles + row tile) * key parts + key part.
 template <class T>
-__global__ void __launch_bounds__(kThreads) normalisers_kernel(const __grid_constant__ AttentionScoresParams p,
-                                                               const __grid_constant__ Plan plan, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kTileBlocks)
+    normalisers_kernel(const __grid_constant__ AttentionScoresParams p, const __grid_constant__ Plan plan,
+                       bool aligned) {
   VTK_DYNAMIC_SHARED(shared);
   __shared__ bool sShown[2][kTile];
   using Tile = typename TileOf<T>::Type;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) normalisers_kernel(const __grid_cons
 
 // blockIdx.x = (head * row parts + row part) * key tiles + key tile.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTileBlocks)
     scores_kernel(const __grid_constant__ AttentionScoresParams p, const __grid_constant__ Plan plan, bool aligned) {
   VTK_DYNAMIC_SHARED(shared);
   __shared__ RowState sRows[2][kTile];
