@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.merge_data import assert_weights, plain_merge
 from tests.reference import merge_apply as reference
 from vtkernels.ops import merge as family
 from vtkernels.testing.compare import assert_close, assert_same_bits
@@ -23,24 +24,11 @@ def apply(backend, values, owner, out_len, weight=None, reduce="weighted_mean"):
     return merged.cpu(), total.cpu()
 
 
-def plain(values, owner, out_len, weight, reduce):
-    """The same in torch ops at the dtype of the values."""
-    index = (owner + 1)[..., None].expand_as(values)
-    scaled = values * weight[..., None].to(values.dtype) if reduce == "weighted_mean" and weight is not None else values
-    name = {"max": "amax"}.get(reduce, "sum")
-    base = values.new_full((values.shape[0], out_len + 1, values.shape[2]), -math.inf if reduce == "max" else 0)
-    merged = base.scatter_reduce(1, index, scaled, name)[:, 1:]
-    ones = values.new_ones(owner.shape) if weight is None or reduce != "weighted_mean" else weight.to(values.dtype)
-    total = ones.new_zeros(values.shape[0], out_len + 1).scatter_add(1, owner + 1, ones)[:, 1:, None]
-    merged = merged / total if reduce in ("weighted_mean", "mean") else merged
-    return merged.where(total != 0, 0)
-
-
 def check(backend, values, owner, out_len, weight=None, reduce="weighted_mean"):
     merged, total = apply(backend, values, owner, out_len, weight, reduce)
     expected, expected_total = reference.merge_apply(values, owner, out_len, weight, reduce)
-    assert_close(merged, expected, plain(values, owner, out_len, weight, reduce))
-    assert_close(total, expected_total, expected_total.float())
+    assert_close(merged, expected, plain_merge(values, owner, out_len, weight, reduce))
+    assert_weights(total, expected_total)
     # Rows of one token are copies, rows of none zeros.
     counts = torch.zeros(values.shape[0], out_len + 1, dtype=torch.int64).scatter_add(
         1, owner + 1, torch.ones_like(owner)
