@@ -65,7 +65,7 @@ def job(tmp_path):
 
     def make(*items: str, **options) -> Job:
         command = [sys.executable, str(tmp_path / "child.py"), *items]
-        return Job(**({"name": "job", "section": "tests", "item_seconds": 1.5, "command": command} | options))
+        return Job(**({"name": "job", "section": "tests", "item_seconds": 2, "command": command} | options))
 
     return make
 
@@ -87,7 +87,7 @@ def test_one_bad_item_does_not_take_the_others_along(job, record):
 
 def test_a_run_continues_where_its_time_ended(job, record):
     work = job("first", "hangs", "last", item_seconds=30)
-    assert not supervise(work, record, soon(2))
+    assert not supervise(work, record, soon(3))
     again = Record(record.paths[0], "gpu", {})
     assert again.data == record.data and again.done("tests") == ["first"] and not again.data["jobs"]
     assert supervise(job("first", "hangs", "last"), again, soon())
@@ -96,9 +96,9 @@ def test_a_run_continues_where_its_time_ended(job, record):
     assert json.loads(record.paths[0].read_text()) == again.data
 
 
-@pytest.mark.parametrize(("item", "why"), [("exits", "bad news"), ("silent", "nothing for 1 s")])
-def test_a_process_that_fails_between_items(job, record, item, why):
-    assert supervise(job(item, quiet_seconds=1), record, soon())
+@pytest.mark.parametrize(("item", "quiet", "why"), [("exits", 30, "bad news"), ("silent", 1, "nothing for 1 s")])
+def test_a_process_that_fails_between_items(job, record, item, quiet, why):
+    assert supervise(job(item, quiet_seconds=quiet), record, soon())
     assert why in record.data["jobs"]["job"] and record.failures()
 
 
@@ -138,7 +138,7 @@ def test_exit_codes_and_copies(job, record, capsys):
 
 
 @pytest.mark.skipif(not SIMT_LIBRARY.exists(), reason="libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)")
-def test_dry_run(tmp_path, monkeypatch):
+def test_dry_run(tmp_path):
     facts = {"commit": "0123456789", "date": "2026-01-01T12:00:00"}
     record = Record(tmp_path / "dry.json", "dry", facts, cut="a few")
     tests = plan.tests(["cpu", "simt"], 1, 1, every=27, paths=("tests/test_select_cover.py",))

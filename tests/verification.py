@@ -115,6 +115,10 @@ def runs_of(data: dict) -> Iterator[Run]:
         yield run
 
 
+def _line(*cells: str) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
 def _cell(outcomes: dict[str, int]) -> str:
     failed, tests = outcomes.get("failed", 0), sum(outcomes.values())
     return f"**{failed} of {tests} failed**" if failed else str(tests or "")
@@ -131,9 +135,9 @@ def _rows(runs: list[Run], op: str, backend: str) -> Iterator[str]:
         verdict = "**failed**" if total["failed"] else "passed"
         counts = (_cell(run.ops[op].get(dtype, {})) for dtype in DTYPES)
         facts = (run.hardware + run.note, run.torch, run.commit[:9] + "+changes" * ("+" in run.commit), run.date[:10])
-        yield f"| {' | '.join((op, backend, verdict, *counts, *facts))} |"
+        yield _line(op, backend, verdict, *counts, *facts)
     if not last:
-        yield f"| {op} | {backend} | not run yet |" + " |" * (len(DTYPES) + 4)
+        yield _line(op, backend, "not run yet", *[""] * (len(DTYPES) + 4))
 
 
 def _sanitizer_lines(data: dict) -> Iterator[str]:
@@ -143,14 +147,14 @@ def _sanitizer_lines(data: dict) -> Iterator[str]:
         for op, outcomes in sorted(ops.items()):
             verdict = next(name for name in ("failed", "skipped", "passed") if outcomes.get(name))
             why = "**failed**" if verdict == "failed" else "not run" if verdict == "skipped" else verdict
-            yield f"| {op} | {tool} | {why} | {facts['gpu']} | {facts['commit'][:9]} | {facts['date'][:10]} |"
+            yield _line(op, tool, why, facts["gpu"], facts["commit"][:9], facts["date"][:10])
 
 
 def table(paths: Iterable[Path]) -> str:
     files = [json.loads(path.read_text()) for path in sorted(paths)]
     runs = [run for data in files for run in runs_of(data)]
     columns = ("op", "backend", "tests", *DTYPES, "hardware", "torch", "commit", "date")
-    lines = [INTRODUCTION, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [INTRODUCTION, _line(*columns), "|---" * len(columns) + "|"]
     for op in sorted({op for run in runs for op in run.ops}):
         for backend in BACKENDS:
             lines += _rows(runs, op, backend)

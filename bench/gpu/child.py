@@ -96,9 +96,10 @@ def measure(options: argparse.Namespace, journal: Journal) -> None:
     seen: set[str] = set()
     for case in harness.cases([options.family], device):
         item = f"{case.op} {case.name}"
-        if item in journal.done or (options.quick and case.op in seen):
-            continue
+        enough = options.quick and case.op in seen
         seen.add(case.op)
+        if enough or item in journal.done:
+            continue
         if options.quick:
             case.peers = {name: peer for name, peer in case.peers.items() if "inductor" not in name}
         with journal.item(item) as box:

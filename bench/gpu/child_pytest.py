@@ -41,7 +41,7 @@ class Journalling:
         if report.failed:
             self.outcomes[report.nodeid] = (FAILED, report.longreprtext)
         elif report.skipped:
-            self.outcomes[report.nodeid] = (SKIPPED, str(report.longrepr[2]))
+            self.outcomes[report.nodeid] = (SKIPPED, str(report.longrepr))
 
     def pytest_runtest_logfinish(self, nodeid):
         outcome, text = self.outcomes[nodeid]
