@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+SETTLE_SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -74,9 +76,11 @@ def compare_times(
     calls: dict[str, Callable[[], object]],
     device: torch.device | str = "cpu",
     rounds: int = 15,
-    round_seconds: float = 0.02,
+    round_seconds: float = 0.06,
 ) -> dict[str, Timing]:
     """Times every callable in interleaved rounds, so that a slow phase of the machine hits all of them alike.
+
+    Each round starts with the next callable: nobody always follows the same neighbour.
 
     Args:
         calls: name to callable without arguments; each is warmed up first (compilation stays out of the figures).
@@ -91,10 +95,13 @@ def compare_times(
             call()
         repeats[name] = max(1, int(round_seconds / max(_seconds(call, 1, device), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            # The peer before may leave threads that spin for work, and its data in the caches.
-            time.sleep(0.01)
-            call()
-            samples[name].append(_seconds(call, repeats[name], device) * 1e3)
+    names = list(calls)
+    for first in range(rounds):
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            # The callable before may leave its data in the caches and threads that spin for work: onnxruntime's spin
+            # for over 50 ms, and on two cores they cost the next callable up to 16 ms a call.
+            time.sleep(SETTLE_SECONDS if device.type == "cpu" else 0)
+            for _ in range(max(1, repeats[name] // 4)):
+                calls[name]()
+            samples[name].append(_seconds(calls[name], repeats[name], device) * 1e3)
     return {n: Timing(statistics.median(s), min(s), max(s), rounds) for n, s in samples.items()}
