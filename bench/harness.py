@@ -6,7 +6,6 @@ A family module (bench/<family>.py) has ``OPS``, the overloads it measures, and 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 import platform
@@ -66,7 +65,7 @@ class Ceilings:
     """What this machine reaches, measured in the run: the figures behind every floor."""
 
     copy_bandwidth: float  # bytes per second, read plus written, of a large copy
-    matmul_rate: float  # operations per second of a large matrix product of random numbers, in its fastest type
+    matmul_rate: float  # operations per second of a large matrix product of random numbers
     launch: float = 0.0  # seconds of the smallest kernel, timed as everything else is
 
     def floor(self, case: Case) -> float:
@@ -93,15 +92,11 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Operations per second of a square matrix product of random numbers, in the fastest of float32 and bfloat16."""
-    size = 8192 if device.type == "cuda" else 1024
-    factors = [torch.randn(size, size, device=device) for _ in range(2)]
-    calls = {
-        str(dtype): functools.partial(torch.mm, *(x.to(dtype) for x in factors))
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    timings = compare_times(calls, device, rounds=5)
-    return 2 * size**3 / (min(t.median for t in timings.values()) / 1e3)
+    """Operations per second of a square matrix product of random numbers: bfloat16 on a GPU, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = compare_times({"matmul": lambda: a @ b}, device, rounds=5)["matmul"]
+    return 2 * size**3 / (timing.median / 1e3)
 
 
 def launch_seconds(device: torch.device) -> float:
