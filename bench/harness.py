@@ -83,32 +83,39 @@ def benchmarked_ops() -> set[str]:
     return {op for family in families() for op in importlib.import_module(f"bench.{family}").OPS}
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second (read plus written) of a large copy into memory that is already mapped."""
-    source = torch.randn((512 if device.type == "cuda" else 64) << 20, device=device)
+def copy_bandwidth(device: torch.device, elements: int, rounds: int) -> float:
+    """Bytes per second (read plus written) of a copy into memory that is already mapped."""
+    source = torch.randn(elements, device=device)
     target = torch.empty_like(source).copy_(source)
-    timing = compare_times({"copy": lambda: target.copy_(source)}, device, rounds=7)["copy"]
+    timing = compare_times({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
     return 2 * source.nbytes / (timing.median / 1e3)
 
 
-def matmul_rate(device: torch.device) -> float:
+def matmul_rate(device: torch.device, size: int, rounds: int) -> float:
     """Operations per second of a square matrix product of random numbers: bfloat16 on a GPU, float32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timing = compare_times({"matmul": lambda: a @ b}, device, rounds=5)["matmul"]
+    timing = compare_times({"matmul": lambda: a @ b}, device, rounds)["matmul"]
     return 2 * size**3 / (timing.median / 1e3)
 
 
-def launch_seconds(device: torch.device) -> float:
+def launch_seconds(device: torch.device, rounds: int) -> float:
     """The smallest kernel that torch has, timed as every op is; a CPU has no such floor."""
     if device.type != "cuda":
         return 0.0
     value = torch.randn(1, device=device)
-    return compare_times({"launch": value.neg_}, device, rounds=7)["launch"].median / 1e3
+    return compare_times({"launch": value.neg_}, device, rounds)["launch"].median / 1e3
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    return Ceilings(copy_bandwidth(device), matmul_rate(device), launch_seconds(device))
+def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
+    """``quick``: figures of the right kind, in a moment; the copy stays in the caches."""
+    elements, size = (512 << 20, 8192) if device.type == "cuda" else (64 << 20, 1024)
+    rounds = 7
+    if quick:
+        elements, size, rounds = 1 << 16, 128, 1
+    return Ceilings(
+        copy_bandwidth(device, elements, rounds), matmul_rate(device, size, rounds), launch_seconds(device, rounds)
+    )
 
 
 def compiled(function: Callable[..., object], *args: object) -> Callable[[], Callable[[], object]]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import shlex
+import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -45,10 +50,24 @@ for item in options.items:
             raise ValueError("wrong values")
         if item == "hangs":
             time.sleep(60)
+        if item == "holds":
+            os.write(9, b"here")
+            time.sleep(60)
         if item == "dies":
             os.abort()
         print("ran", item)
 print("SUMMARY: 0 errors")
+"""
+
+RUN = """
+import pathlib, sys
+from bench.gpu import __main__ as run, plan
+from bench.gpu.supervise import Job
+
+run.DRY_RESULTS, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
+plan.dry = lambda: [plan.Phase("tests", 1, [Job("job", "tests", command, item_seconds=60)])]
+sys.argv[1:] = ["--dry"]
+run.main()
 """
 
 
@@ -65,7 +84,7 @@ def job(tmp_path):
 
     def make(*items: str, **options) -> Job:
         command = [sys.executable, str(tmp_path / "child.py"), *items]
-        return Job(**({"name": "job", "section": "tests", "item_seconds": 2, "command": command} | options))
+        return Job(**({"name": "job", "section": "tests", "item_seconds": 1, "command": command} | options))
 
     return make
 
@@ -87,7 +106,7 @@ def test_one_bad_item_does_not_take_the_others_along(job, record):
 
 def test_a_run_continues_where_its_time_ended(job, record):
     work = job("first", "hangs", "last", item_seconds=30)
-    assert not supervise(work, record, soon(3))
+    assert not supervise(work, record, soon(2))
     again = Record(record.paths[0], "gpu", {})
     assert again.data == record.data and again.done("tests") == ["first"] and not again.data["jobs"]
     assert supervise(job("first", "hangs", "last"), again, soon())
@@ -100,6 +119,20 @@ def test_a_run_continues_where_its_time_ended(job, record):
 def test_a_process_that_fails_between_items(job, record, item, quiet, why):
     assert supervise(job(item, quiet_seconds=quiet), record, soon())
     assert why in record.data["jobs"]["job"] and record.failures()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_children_end_with_the_run(tmp_path, job, how):
+    """Under a shell, which stands between the run and the child as a sanitizer does."""
+    held = tmp_path / "held"  # a pipe that the shell and the child hold open as long as they live
+    os.mkfifo(held)
+    tool = ["sh", "-c", f'exec 9>{held}; {shlex.join(job("holds").command)} "$@"; true', "sh"]
+    run = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), *tool], cwd=verification.ROOT)
+    with held.open("rb", buffering=0) as pipe:
+        assert pipe.read(4) == b"here"
+        run.send_signal(how)
+        assert select.select([pipe], [], [], 2)[0] and pipe.read() == b""
+    assert run.wait() == -how
 
 
 @pytest.mark.parametrize(
@@ -143,8 +176,8 @@ def test_dry_run(tmp_path):
     record = Record(tmp_path / "dry.json", "dry", facts, cut="a few")
     tests = plan.tests(["cpu", "simt"], 1, 1, every=27, paths=("tests/test_select_cover.py",))
     sanitizers = plan.emulated_sanitizers(["select_cover"], 1)
-    benchmarks = plan.benchmarks(["score"], "cpu", "--quick", "--rounds", "1")
-    gpu_run.execute([plan.facts("cpu"), tests, sanitizers, benchmarks], record, soon(120))
+    benchmarks = plan.benchmarks(["score"], "cpu", "--quick")
+    gpu_run.execute([plan.facts("cpu", "--quick"), tests, sanitizers, benchmarks], record, soon(120))
     assert gpu_run.report(record) == gpu_run.COMPLETE
 
     data = json.loads((tmp_path / "dry.json").read_text())
@@ -157,7 +190,7 @@ def test_dry_run(tmp_path):
     assert data["sanitizers"]["memcheck"]["select_cover"] == {"skipped": {"memcheck select_cover": plan.NO_GPU}}
     [result] = data["results"]
     assert result["op"] == "attention_scores" and result["peers"]["eager"]["median"] > 0
-    assert result["floor"] > 0 and result["floor_fraction"] == result["floor"] / result["ours"]["median"]
+    assert result["floor"] > 0 and result["floor_fraction"] == pytest.approx(result["floor"] / result["ours"]["median"])
 
     page = verification.table([tmp_path / "dry.json"])
     assert "| select_cover | simt | passed |" in page and "dry run" in page
@@ -231,7 +264,7 @@ def test_gpu_timing_flushes_before_every_call(monkeypatch):
     assert timed.count("event") == 2 * timed.count("flush")
 
 
-def test_a_peer_that_breaks_is_a_row_and_a_wrong_one_an_error():
+def test_a_peer_that_breaks_is_a_row_and_a_wrong_one_an_error(monkeypatch):
     x = torch.randn(1000)
 
     def broken():
@@ -242,6 +275,7 @@ def test_a_peer_that_breaks_is_a_row_and_a_wrong_one_an_error():
 
     ceilings = harness.Ceilings(copy_bandwidth=8e9, matmul_rate=1e9)
     peers = {"same": lambda: lambda: x + 1, "broken": lambda: broken}
+    monkeypatch.setattr(timer, "SETTLE_SECONDS", 0)
     case = harness.Case("op", "name", lambda: x + 1, peers, check, bytes=8000, flops=3000)
     result = harness.run_case(case, torch.device("cpu"), ceilings, rounds=1)
     assert result.peers["broken"] == "failed: OSError: libnuma.so.1 not found"

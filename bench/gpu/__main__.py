@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +91,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="Run the jobs whose name contains this text.")
     parser.add_argument("--python", default="3.12", help="pack: the other machine's Python.")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, as SIGTERM does: the record is whole, children follow
     deadline = time.monotonic() + options.budget_s - SPARE_SECONDS
     if options.command == "pack":
         print("carry:", *pack.pack(options.python))
@@ -106,7 +108,7 @@ def main() -> int:
         path.unlink(missing_ok=True)
     kind, cut = ("dry", plan.DRY_CUT) if options.dry else ("gpu", "")
     record = Record(path, kind, environment, cut, options.out)
-    print(f"{kind} run of {commit} -> {path.relative_to(ROOT)}", flush=True)
+    print(f"{kind} run of {commit} -> {path}", flush=True)
     execute(plan.dry() if options.dry else plan.gpu(), record, deadline, options.only)
     return report(record)
 

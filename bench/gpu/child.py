@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
@@ -55,7 +56,10 @@ def _machine(device: torch.device) -> dict[str, object]:
 def facts(options: argparse.Namespace, journal: Journal) -> None:
     """The machine, and what it reaches."""
     device = torch.device(options.device)
-    questions = {"machine": _machine, "ceilings": lambda device: {"ceilings": asdict(harness.measure_ceilings(device))}}
+    questions = {
+        "machine": _machine,
+        "ceilings": lambda device: {"ceilings": asdict(harness.measure_ceilings(device, options.quick))},
+    }
     if device.type == "cuda":
         questions["L2 bandwidth"] = lambda device: {"ceilings": {"l2_bandwidth": _l2_bandwidth(device)}}
     for item, question in questions.items():
@@ -88,22 +92,24 @@ def exercise(options: argparse.Namespace, journal: Journal) -> None:
 
 
 def measure(options: argparse.Namespace, journal: Journal) -> None:
-    """The benchmarks of one family."""
+    """The benchmarks of one family; the quick ones are the first of each op, once, without torch.compile."""
     device = torch.device(options.device)
-    names = ("copy_bandwidth", "matmul_rate", "launch")
+    names = [field.name for field in fields(harness.Ceilings)]
     known = {name: journal.ceilings[name] for name in names if name in journal.ceilings}
-    ceilings = harness.Ceilings(**known) if len(known) == len(names) else harness.measure_ceilings(device)
-    seen: set[str] = set()
+    missing = len(known) < len(names)
+    ceilings = harness.measure_ceilings(device, options.quick) if missing else harness.Ceilings(**known)
+    waiting = set(importlib.import_module(f"bench.{options.family}").OPS)
     for case in harness.cases([options.family], device):
-        item = f"{case.op} {case.name}"
-        enough = options.quick and case.op in seen
-        seen.add(case.op)
-        if enough or item in journal.done:
-            continue
         if options.quick:
+            if case.op not in waiting:
+                continue
             case.peers = {name: peer for name, peer in case.peers.items() if "inductor" not in name}
-        with journal.item(item) as box:
-            box["result"] = asdict(harness.run_case(case, device, ceilings, options.rounds))
+        waiting.discard(case.op)
+        if (item := f"{case.op} {case.name}") not in journal.done:
+            with journal.item(item) as box:
+                box["result"] = asdict(harness.run_case(case, device, ceilings, 1 if options.quick else 15))
+        if options.quick and not waiting:
+            break
 
 
 def main() -> None:
@@ -113,12 +119,11 @@ def main() -> None:
         command = commands.add_parser(function.__name__)
         command.set_defaults(function=function)
         command.add_argument("--device", choices=["cpu", "cuda"], required=True)
+        command.add_argument("--quick", action="store_true", help="Less of everything: a dry run's.")
         Journal.add_options(command)
     commands.choices["exercise"].add_argument("--op", required=True)
     commands.choices["exercise"].add_argument("--load", default="")
     commands.choices["measure"].add_argument("--family", required=True)
-    commands.choices["measure"].add_argument("--rounds", type=int, default=15)
-    commands.choices["measure"].add_argument("--quick", action="store_true", help="One case an op, no torch.compile.")
     options = parser.parse_args()
     options.function(options, Journal(options))
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +21,26 @@ from bench.gpu.record import FAILED, PASSED
 START_AGAIN = 75  # a child's exit code: the device context is lost, continue in a new process
 
 
+def end_with_parent() -> None:
+    """Kills this process's group as soon as the run is gone, however it went: nobody else would free the device.
+
+    The run holds the other end of our standard input and never writes. A sanitizer between the two, which the kernel's
+    parent-death signal would not pass, is in the group.
+    """
+    pipe = os.dup(0)  # pytest puts a file of its own there
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class Journal:
     """Built from the two options that every child has: ``--journal`` to write, ``--context`` to read."""
 
     def __init__(self, options: argparse.Namespace):
+        end_with_parent()
         self._file = Path(options.journal).open("a", buffering=1)  # noqa: SIM115 (as long as the process)
         context = json.loads(Path(options.context).read_text())
         self.done, self.ceilings = set(context["done"]), context["ceilings"]

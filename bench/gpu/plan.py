@@ -116,8 +116,8 @@ def benchmarks(families: list[str], device: str, *words: str) -> Phase:
     return Phase("benchmarks", 1, jobs)
 
 
-def facts(device: str) -> Phase:
-    return Phase("facts", 1, [Job("facts", "facts", _child("facts", "--device", device), item_seconds=120)])
+def facts(device: str, *words: str) -> Phase:
+    return Phase("facts", 1, [Job("facts", "facts", _child("facts", "--device", device, *words), item_seconds=120)])
 
 
 def ops_and_families() -> tuple[list[str], list[str]]:
@@ -133,14 +133,14 @@ def gpu() -> list[Phase]:
     return [facts("cuda"), tests(["cuda"], slices, slices), sanitizers(ops, 8), benchmarks(families, "cuda")]
 
 
-DRY_CUT = f"every {DRY_TESTS}th test; the first benchmark of each op, 3 rounds, without torch.compile"
+DRY_CUT = f"every {DRY_TESTS}th test; the first benchmark of each op, once, without torch.compile"
 
 
 def dry() -> list[Phase]:
     ops, families = ops_and_families()
     return [
-        facts("cpu"),
+        facts("cpu", "--quick"),
         tests(["cpu", "simt"], 2, 2, DRY_TESTS),
         emulated_sanitizers(ops, 2),
-        benchmarks(families, "cpu", "--quick", "--rounds", "3"),
+        benchmarks(families, "cpu", "--quick"),
     ]

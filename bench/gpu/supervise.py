@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,9 +57,10 @@ class _Process:
                 [*job.command, "--journal", str(self.journal), "--context", str(context)],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": path} | job.environment,
+                stdin=subprocess.PIPE,  # closes when this process ends, and the child with it
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its own children are killed with it
+                start_new_session=True,  # a group of its own: its children are killed with it
             )
         self.read = 0
         self.item: dict | None = None
@@ -86,11 +88,11 @@ class _Process:
             self.passed += 1
 
     def kill(self) -> None:
-        try:
+        self.child.stdin.close()
+        # NOTE: a process stuck in the driver dies when the kernel on the device ends; do not wait for it.
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(self.child.pid, signal.SIGKILL)
             self.child.wait(timeout=20)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # NOTE: a process stuck in the driver dies when the kernel on the device ends; do not wait for it
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-TAIL:]
