@@ -105,7 +105,8 @@ def runs_of(data: dict) -> Iterator[Run]:
         if backend not in BACKENDS or (backend == "cuda") != (data["kind"] == "gpu"):
             continue
         hardware = facts["gpu"] if backend == "cuda" else facts["processor"]
-        note = ", dry run" if data["kind"] == "dry" else "" if data["complete"] else ", not complete"
+        hardware += ", dry run" * (data["kind"] == "dry")  # beside a full run on that machine, not in its place
+        note = "" if data["complete"] else ", not complete"
         run = Run(backend, hardware, facts["torch"], facts["commit"], facts["date"], note)
         for op, dtypes in ops.items():
             for dtype, outcomes in dtypes.items():

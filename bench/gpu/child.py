@@ -17,6 +17,7 @@ from vtkernels import _library
 from vtkernels.testing.cases import all_cases
 from vtkernels.testing.timer import back_to_back_seconds
 
+SLOW_PEERS = ("inductor", "loop")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -92,7 +93,7 @@ def exercise(options: argparse.Namespace, journal: Journal) -> None:
 
 
 def measure(options: argparse.Namespace, journal: Journal) -> None:
-    """The benchmarks of one family; the quick ones are the first of each op, once, without torch.compile."""
+    """The benchmarks of one family; the quick ones are the first of each op, once, without peers that take minutes."""
     device = torch.device(options.device)
     names = [field.name for field in fields(harness.Ceilings)]
     known = {name: journal.ceilings[name] for name in names if name in journal.ceilings}
@@ -103,7 +104,7 @@ def measure(options: argparse.Namespace, journal: Journal) -> None:
         if options.quick:
             if case.op not in waiting:
                 continue
-            case.peers = {name: peer for name, peer in case.peers.items() if "inductor" not in name}
+            case.peers = {name: peer for name, peer in case.peers.items() if not any(s in name for s in SLOW_PEERS)}
         waiting.discard(case.op)
         if (item := f"{case.op} {case.name}") not in journal.done:
             with journal.item(item) as box:

@@ -133,7 +133,7 @@ def gpu() -> list[Phase]:
     return [facts("cuda"), tests(["cuda"], slices, slices), sanitizers(ops, 8), benchmarks(families, "cuda")]
 
 
-DRY_CUT = f"every {DRY_TESTS}th test; the first benchmark of each op, once, without torch.compile"
+DRY_CUT = f"every {DRY_TESTS}th test; the first benchmark of each op, once, without torch.compile and torch loops"
 
 
 def dry() -> list[Phase]:
