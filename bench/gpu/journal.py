@@ -6,6 +6,7 @@ A process that hangs or dies leaves the name of the item that it was at, and eve
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -21,17 +22,17 @@ from bench.gpu.record import FAILED, PASSED
 START_AGAIN = 75  # a child's exit code: the device context is lost, continue in a new process
 
 
-def end_with_parent() -> None:
+def end_with_run(locked: str) -> None:
     """Kills this process's group as soon as the run is gone, however it went: nobody else would free the device.
 
-    The run holds the other end of our standard input and never writes. A sanitizer between the two, which the kernel's
-    parent-death signal would not pass, is in the group.
+    The run holds a lock on the file as long as it lives. A parent-death signal would not pass the sanitizers: between
+    the run and this process they have processes of their own.
     """
-    pipe = os.dup(0)  # pytest puts a file of its own there
 
     def wait() -> None:
-        os.read(pipe, 1)
-        os.killpg(0, signal.SIGKILL)
+        with open(locked) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -40,7 +41,7 @@ class Journal:
     """Built from the two options that every child has: ``--journal`` to write, ``--context`` to read."""
 
     def __init__(self, options: argparse.Namespace):
-        end_with_parent()
+        end_with_run(options.context)
         self._file = Path(options.journal).open("a", buffering=1)  # noqa: SIM115 (as long as the process)
         context = json.loads(Path(options.context).read_text())
         self.done, self.ceilings = set(context["done"]), context["ceilings"]

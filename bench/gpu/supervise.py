@@ -5,6 +5,7 @@ Every process ends at least one item (the one that it hung or died in counts as 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -51,13 +52,15 @@ class _Process:
         self.journal, context, self.log = (folder / name for name in ("journal", "context", "log"))
         self.journal.write_text("")
         context.write_text(json.dumps({"done": record.done(job.section), "ceilings": record.data["ceilings"]}))
+        self.alive = context.open()
+        fcntl.flock(self.alive, fcntl.LOCK_EX)  # until this process ends: journal.end_with_run
         path = os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         with self.log.open("w") as log:
             self.child = subprocess.Popen(
                 [*job.command, "--journal", str(self.journal), "--context", str(context)],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": path} | job.environment,
-                stdin=subprocess.PIPE,  # closes when this process ends, and the child with it
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own: its children are killed with it
@@ -88,11 +91,11 @@ class _Process:
             self.passed += 1
 
     def kill(self) -> None:
-        self.child.stdin.close()
         # NOTE: a process stuck in the driver dies when the kernel on the device ends; do not wait for it.
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(self.child.pid, signal.SIGKILL)
             self.child.wait(timeout=20)
+        self.alive.close()
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-TAIL:]
