@@ -113,7 +113,7 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     elements, size = (512 << 20, 8192) if device.type == "cuda" else (64 << 20, 1024)
     rounds = 7
     if quick:
-        elements, size, rounds = 1 << 20, 256, 3
+        elements, size, rounds = 1 << 20, 256, 1
     return Ceilings(
         copy_bandwidth(device, elements, rounds), matmul_rate(device, size, rounds), launch_seconds(device, rounds)
     )
