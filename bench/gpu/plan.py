@@ -74,12 +74,10 @@ def emulated_sanitizers(ops: list[str], width: int) -> Phase:
     """The same calls under the emulation, which checks races and bounds itself; what a GPU would say is not run."""
     exercise = _child("exercise", "--device", "cpu", "--load", str(LIB / "libvtk_simt.so"))
     settings = {"OMP_NUM_THREADS": "1"}
-    jobs = [
-        Job(
-            f"emulation {op}", "sanitizers", [*exercise, "--op", op], 120, environment=settings, group=["emulation", op]
-        )
-        for op in ops
-    ]
+    jobs = []
+    for op in ops:
+        command, group = [*exercise, "--op", op], ["emulation", op]
+        jobs.append(Job(f"emulation {op}", "sanitizers", command, 120, environment=settings, group=group))
     jobs += [Job(f"{tool} {op}", "sanitizers", [], 0, group=[tool, op], skip=NO_GPU) for tool in TOOLS for op in ops]
     return Phase("sanitizers", width, jobs)
 
