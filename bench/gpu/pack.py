@@ -17,7 +17,7 @@ from bench.checkout import ROOT, UNKNOWN, commit
 PACK = ROOT / ".gpu"
 SITE, MANIFEST = PACK / "site", PACK / "manifest.json"
 LIBRARIES = [ROOT / "python" / "vtkernels" / "lib" / f"libvtk_{name}.so" for name in ("cpu", "cuda")]
-PACKAGES = ("pytest", "hypothesis")  # numpy, torch and Triton are what the machine has
+PACKAGES = ("pytest", "hypothesis", "typer")  # numpy, torch and Triton are what the machine has
 SOURCES = (".py", ".cu", ".cuh", ".h", ".cpp")
 
 
