@@ -21,7 +21,7 @@ from bench.gpu import pack, plan
 from bench.gpu.record import Record
 from bench.gpu.supervise import Job, supervise
 from tests import verification
-from tests.conftest import SIMT_LIBRARY
+from tests.simt import emulator
 from vtkernels.testing import timer
 
 CHILD = """
@@ -170,7 +170,7 @@ def test_exit_codes_and_copies(job, record, capsys):
     assert "wrong values" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not SIMT_LIBRARY.exists(), reason="libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)")
+@pytest.mark.skipif(not emulator.OPS.exists(), reason="libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)")
 def test_dry_run(tmp_path):
     facts = {"commit": "0123456789", "date": "2026-01-01T12:00:00"}
     record = Record(tmp_path / "dry.json", "dry", facts, cut="a few")

@@ -46,7 +46,10 @@ class Subject(NamedTuple):
 def subject(item) -> Subject:
     """Read off a pytest item: its backend parameter or mark, its case or module, its dtype parameter."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = parameters.get("backend", "cuda" if item.get_closest_marker("cuda") else "")
+    if "backend" in parameters:
+        backend, _schedule = parameters["backend"]
+    else:
+        backend = "cuda" if item.get_closest_marker("cuda") else ""
     case = getattr(parameters.get("case"), "overload", None)
     op = case.partition(".")[0] if case else item.path.stem.removeprefix("test_")
     if not (ROOT / "tests" / "reference" / f"{op}.py").exists():
