@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bench import harness
+from bench.checkout import commit
 from tests import verification
 from tests.simt import emulator
 from vtkernels import _library
@@ -95,11 +96,24 @@ def pytest_addoption(parser):
     parser.addoption("--simt-seeds", type=int, default=1, help="Schedules each test of the emulation sees.")
 
 
+def pytest_collection_modifyitems(items):
+    """What a test is about rides on its reports, from the workers of xdist too."""
+    for item in items:
+        item.user_properties.append(("subject", list(verification.subject(item))))
+
+
 def _record(stats) -> list[Path]:
-    outcomes = {r.nodeid: kind for kind in ("passed", "skipped", "failed") for r in stats.get(kind, [])}
-    environment = harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = {"hardware": environment["device"], "torch": environment["torch"], "commit": environment["commit"]}
-    return verification.record(outcomes, facts | {"date": datetime.date.today().isoformat()})
+    reports = [(report, kind) for kind in ("passed", "skipped", "failed", "error") for report in stats.get(kind, [])]
+    subjects = [(dict(report.user_properties).get("subject"), kind) for report, kind in reports]
+    outcomes = [
+        (verification.Subject(*about), "failed" if kind == "error" else kind) for about, kind in subjects if about
+    ]
+    facts = {"torch": torch.__version__, "commit": commit()}
+    facts["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+    hardware = {"cpu": harness.processor(), "simt": harness.processor()}
+    if torch.cuda.is_available():
+        hardware["cuda"] = torch.cuda.get_device_name()
+    return verification.record(outcomes, hardware, facts)
 
 
 def pytest_terminal_summary(terminalreporter, config):
