@@ -43,8 +43,9 @@ def bipartite_match(
         RuntimeError: a shape, dtype, device or option that does not fit, ``r < 0``, a NaN ``threshold``, naming the
             argument.
 
-    Extra memory: on the CPU about ``4 * N * C + 32 * N`` bytes a batch row, on CUDA about ``40 * N`` and, for few
-    tokens, 4 N for each block that shares a row; never an ``N/2 x N/2`` matrix.
+    Extra memory: on the CPU about ``4 * N * C + 32 * N`` bytes for each batch row in work, on CUDA about ``30 * N`` for
+    each row and ``4 * N`` more for each block that shares it (at most 512 share all rows); never an ``N/2 x N/2``
+    matrix.
 
     Example:
         >>> angles = torch.deg2rad(torch.tensor([0.0, 10.0, 90.0, 82.0, 50.0, 200.0]))
@@ -167,9 +168,9 @@ def bipartite_merge(
             also a size that is not a finite number above 0.
 
     Give an ``r`` that ``protect`` allows. Where it allows fewer sources, the CPU clamps r to the fewest over the
-    batch rows, which shortens the output. On CUDA, where that needs a synchronisation, and under ``torch.compile``,
-    which promises shapes without values, the output keeps its length; CUDA then drops (owner -1) the lowest-indexed
-    tokens of even position that cannot merge.
+    batch rows, which gives more rows than ``torch.compile`` can foresee. On CUDA, where that needs a synchronisation,
+    the output keeps its length, and the lowest-indexed tokens of even position that cannot merge are dropped
+    (owner -1).
 
     Example:
         >>> angles = torch.deg2rad(torch.tensor([0.0, 10.0, 90.0, 82.0, 50.0, 200.0]))
