@@ -75,9 +75,9 @@ def test_widths(backend, random, width, dtype):
 @pytest.mark.parametrize("count", [511, 512, 513, 1300])
 def test_many_tokens_in_few_rows(backend, random, count):
     """As many as the CUDA kernel lists, and more."""
-    values = torch.randint(-8, 9, (1, count, 8), generator=random).float()
-    weight = torch.randint(1, 4, (1, count), generator=random).float()
-    owner = torch.randint(0, 3, (1, count), generator=random)
+    values = torch.randint(-8, 9, (2, count, 8), generator=random).float()
+    weight = torch.randint(1, 4, (2, count), generator=random).float()
+    owner = torch.randint(0, 3, (2, count), generator=random)
     for reduce in REDUCES:
         check(backend, values, owner, 20, weight, reduce)
 
