@@ -24,13 +24,11 @@ from vtkernels.zoo.embedded.scenes import COLOUR_NAMES, COLUMNS, GRID, KINDS, PA
 WEIGHTS = Path(__file__).parent / "weights"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 TEXT = (
-    "user assistant : ? , . what which where how many is are there the digit digits shapes larger or left of yes no "
-    "neither describe picture at frame frames first last moved up down right does move way in changed nothing colour "
-    "shape appears disappears"
+    "user assistant : ? , . what which where how many is are there the digit digits shapes larger or left right of yes "
+    "no neither describe picture at when which way does move up down changed nothing appear appears disappear "
+    "disappears frame first last"
 )
-VOCABULARY = tuple(
-    dict.fromkeys((*SPECIAL, *COLOUR_NAMES, *KINDS, *ROWS, *COLUMNS, *PLURALS.values(), *TEXT.split()))
-)
+VOCABULARY = tuple(dict.fromkeys((*SPECIAL, *COLOUR_NAMES, *KINDS, *ROWS, *COLUMNS, *PLURALS.values(), *TEXT.split())))
 IMAGE_TOKEN = VOCABULARY.index("<image>")
 PAD, BOS, EOS = (VOCABULARY.index(token) for token in ("<pad>", "<s>", "</s>"))
 CHAT_TEMPLATE = (
@@ -103,7 +101,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    words.decoder = decoders.WordPiece(cleanup=True)  # a space between words, none before punctuation
+    # A space between words, none before punctuation.
+    words.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Replace(" :", ":")])
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",

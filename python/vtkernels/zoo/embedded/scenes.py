@@ -47,13 +47,14 @@ class Scenes:
     """A batch of scenes: ``pixels`` uint8 [B, 192, 192, 3], and what stands in each slot.
 
     ``kind`` (index into KINDS) and ``colour`` (into COLOUR_NAMES) are int64 [B, 36], NOTHING in an empty slot;
-    ``centre`` float32 [B, 36, 2] holds the objects' (y, x) in pixels.
+    ``centre`` float32 [B, 36, 2] holds the objects' (y, x) in pixels; ``offset`` is where the slots' corner lies.
     """
 
     pixels: NDArray[np.uint8]
     kind: NDArray[np.int64]
     colour: NDArray[np.int64]
     centre: NDArray[np.float32]
+    offset: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -79,15 +80,21 @@ def sample(rng: np.random.Generator, count: int, *, held_out: bool = False, crow
 
     Args:
         held_out: draw the digits from the glyphs that training never sees.
-        crowded: 8 to 36 objects of any kind and colour: for training the vision tower, which learns from each object.
+        crowded: 8 to 36 objects of any kind and colour, every other batch off the slots' places: for training the
+            vision tower, which learns from each object.
     """
     slots = SLOTS * SLOTS
+    offset = (0, 0)
     order = rng.random((count, slots)).argsort(1)
     if crowded:
         objects = rng.integers(8, slots + 1, (count, 1))
         present = order < objects
         digit = present & (rng.random((count, slots)) < 0.6)
         colour = rng.integers(0, len(COLOURS), (count, slots))
+        if rng.random() < 0.5:
+            offset = (int(rng.integers(1, SLOT)), int(rng.integers(1, SLOT)))
+            present &= np.arange(slots) % SLOTS < SLOTS - 1  # the others would leave the picture
+            present &= np.arange(slots) // SLOTS < SLOTS - 1
     else:
         digits = rng.integers(2, 7, (count, 1))
         present = order < digits + rng.integers(2, 9, (count, 1))
@@ -101,17 +108,18 @@ def sample(rng: np.random.Generator, count: int, *, held_out: bool = False, crow
     kind = np.where(digit, _atlas()[1][glyph], 10 + shape)
     middle = np.arange(SLOTS) * SLOT + SLOT / 2
     grid = np.stack(np.meshgrid(middle, middle, indexing="ij"), -1).reshape(slots, 2)
-    centre = (grid + rng.uniform(-_JITTER, _JITTER, (count, slots, 2))).astype(np.float32)
+    centre = (grid + offset + rng.uniform(-_JITTER, _JITTER, (count, slots, 2))).astype(np.float32)
     scenes = Scenes(
         pixels=np.empty((count, SIDE, SIDE, 3), np.uint8),
         kind=np.where(present, kind, NOTHING),
         colour=np.where(present, colour, NOTHING),
         centre=centre,
+        offset=offset,
     )
-    canvas = _background(rng, count)
+    dy, dx = offset
+    canvas = np.roll(_background(rng, count), (-dy, -dx), (1, 2))
     _paint(canvas, rng, scenes, sprite=np.where(digit, glyph, len(_atlas()[1]) + shape))
-    np.clip(canvas, 0, 255, out=canvas)
-    scenes.pixels[...] = canvas
+    scenes.pixels[...] = np.roll(canvas.clip(0, 255), (dy, dx), (1, 2))
     return scenes
 
 
@@ -119,17 +127,19 @@ def patch_labels(scenes: Scenes) -> PatchLabels:
     """The labels of every patch: a patch shows the object of the slot its centre falls in, if that is near enough."""
     middle = np.arange(GRID) * PATCH + PATCH / 2
     y, x = (axis.ravel() for axis in np.meshgrid(middle, middle, indexing="ij"))
-    slot = (y // SLOT * SLOTS + x // SLOT).astype(np.int64)
-    distance = np.abs(scenes.centre[:, slot] - np.stack([y, x], -1)).max(-1)
+    dy, dx = scenes.offset
+    # A patch before the first slot takes that slot's object, which is then too far away.
+    slot = (np.maximum(y - dy, 0) // SLOT * SLOTS + np.maximum(x - dx, 0) // SLOT).astype(np.int64)
+    centre = scenes.centre[:, slot]
+    distance = np.abs(centre - np.stack([y, x], -1)).max(-1)
     kind = scenes.kind[:, slot]
     shown = (kind != NOTHING) & (distance < _REACH)
-    third = SIDE // 3
+    third = (np.where(shown[..., None], centre, np.stack([y, x], -1)) // (SIDE / 3)).astype(np.int64)
     return PatchLabels(
         kind=np.where(shown, kind, NOTHING),
         colour=np.where(shown, scenes.colour[:, slot], NOTHING),
-        # Slots do not straddle thirds, so the slot's third is the object's.
-        row=np.where(shown, slot // SLOTS * 3 // SLOTS, (y // third).astype(np.int64)),
-        column=np.where(shown, slot % SLOTS * 3 // SLOTS, (x // third).astype(np.int64)),
+        row=third[..., 0],
+        column=third[..., 1],
         anchor=shown & (distance <= PATCH / 2),
     )
 
@@ -206,31 +216,38 @@ def _background(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
 
 
 def _paint(canvas: NDArray[np.float32], rng: np.random.Generator, scenes: Scenes, sprite: NDArray[np.int64]) -> None:
-    """Draws each object into its slot, slightly turned, sheared and scaled."""
-    scene, slot = np.nonzero(scenes.kind != NOTHING)
-    total = len(scene)
+    """Draws each object into its slot."""
+    where = np.nonzero(scenes.kind != NOTHING)
+    corner = np.stack([where[1] // SLOTS, where[1] % SLOTS], -1) * SLOT + scenes.offset
+    alpha, ink = tiles(rng, sprite[where], scenes.colour[where], scenes.centre[where] - corner)
+    view = canvas.reshape(-1, SLOTS, SLOT, SLOTS, SLOT, 3).transpose(0, 1, 3, 2, 4, 5)
+    slots = (where[0], where[1] // SLOTS, where[1] % SLOTS)
+    under = view[slots]
+    view[slots] = under + alpha * (ink - under)
+
+
+def tiles(
+    rng: np.random.Generator, sprite: NDArray[np.int64], colour: NDArray[np.int64], centre: NDArray[np.floating]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Coverage [M, 32, 32, 1] and ink [M, 1, 1, 3] of M objects around ``centre`` [M, 2], slightly turned, sheared and
+    scaled."""
+    total = len(sprite)
     angle = rng.uniform(-0.2, 0.2, total)
     shear = rng.uniform(-0.12, 0.12, total)
     scale = rng.uniform(0.85, 1.03, total)
     gain = rng.uniform(1.2, 1.7, (total, 1))
     palette = np.array([COLOURS[name] for name in COLOUR_NAMES], np.float32)
-    ink = palette[scenes.colour[scene, slot]] * rng.uniform(0.85, 1.0, (total, 1)) + rng.uniform(-12, 12, (total, 3))
+    ink = palette[colour] * rng.uniform(0.85, 1.0, (total, 1)) + rng.uniform(-12, 12, (total, 3))
 
-    corner = np.stack([slot // SLOTS, slot % SLOTS], -1) * SLOT
-    middle = scenes.centre[scene, slot] - corner - 0.5
+    middle = centre - 0.5
     pixel = np.arange(SLOT, dtype=np.float32)
     dy = (pixel[None, :, None] - middle[:, 0, None, None]) / scale[:, None, None]
     dx = (pixel[None, None, :] - middle[:, 1, None, None]) / scale[:, None, None]
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     v = cos * dy + sin * dx
     u = cos * dx - sin * dy + shear[:, None, None] * v
-    alpha = _sample(sprite[scene, slot], v, u).reshape(total, -1)
-    alpha = np.clip(alpha * gain, 0, 1).astype(np.float32).reshape(total, SLOT, SLOT, 1)
-
-    view = canvas.reshape(-1, SLOTS, SLOT, SLOTS, SLOT, 3).transpose(0, 1, 3, 2, 4, 5)
-    where = (scene, slot // SLOTS, slot % SLOTS)
-    under = view[where]
-    view[where] = under + alpha * (ink.astype(np.float32)[:, None, None] - under)
+    alpha = np.clip(_sample(sprite, v, u).reshape(total, -1) * gain, 0, 1)
+    return alpha.astype(np.float32).reshape(total, SLOT, SLOT, 1), ink.astype(np.float32)[:, None, None]
 
 
 def _sample(sprite: NDArray[np.int64], v: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float32]:

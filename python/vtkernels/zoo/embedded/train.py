@@ -53,11 +53,11 @@ class Config:
     """The committed run's settings."""
 
     seed: int = 0
-    see_steps: int = 4000
+    see_steps: int = 3000
     answer_steps: int = 6000
     draft_steps: int = 1000
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     tower_scale: float = 0.3  # of the learning rate, for the tower in the second stage
     warmup: int = 100
     decay: float = 0.3  # the part of the answer and of the draft stage in which the learning rate falls to zero

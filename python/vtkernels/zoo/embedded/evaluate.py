@@ -1,0 +1,362 @@
+"""What each method's selection costs in answers and saves in time, on held-out questions: ``vtk eval``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from vtkernels import zoo
+from vtkernels.collect_env import collect
+from vtkernels.zoo.embedded import model as embedded
+from vtkernels.zoo.embedded import questions, scenes
+from vtkernels.zoo.embedded.questions import Question
+from vtkernels.zoo.measure import Cost, measure, prefill_flops
+
+TASKS = tuple(questions.TASKS)
+BASELINES = ("random", "uniform")
+LONGEST = 64  # tokens of an answer
+_HELD_OUT = 3  # the stream of the evaluation's scenes; training draws from 1 and 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions of one task, with the processor's inputs for them."""
+
+    questions: list[Question]
+    inputs: dict[str, Tensor]
+
+    def alone(self, row: int) -> dict[str, Tensor]:
+        """One question's inputs, without padding."""
+        real = self.inputs["attention_mask"][row].bool()
+        return {
+            "input_ids": self.inputs["input_ids"][row : row + 1, real],
+            "pixel_values": self.inputs["pixel_values"][row : row + 1],
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``keep`` is None for the untouched model; times are medians, in milliseconds.
+
+    ``question_ms`` is the time of one question of each task, answered one at a time with as many tokens as the right
+    answer has; ``speedup`` is that of the untouched model, in the same run, over this.
+    """
+
+    method: str
+    keep: float | None
+    tokens: int
+    accuracy: dict[str, float]
+    mean: float
+    prefill_ms: float
+    decode_ms: float
+    question_ms: float
+    speedup: float
+    kv_bytes: int
+    prefill_flops: int
+
+
+def held_out(
+    processor: Any, count: int, tasks: Sequence[str] = TASKS, seed: int = 0, size: int = 32, device: Any = "cpu"
+) -> list[Batch]:
+    """``count`` questions (rounded up to whole scenes, each with one of every task) on scenes never trained on."""
+    rng = np.random.default_rng([seed, _HELD_OUT])
+    drawn = scenes.sample(rng, -(-count // len(tasks)), held_out=True)
+    asked = questions.ask(rng, drawn, tuple(tasks))
+    pictures = [Image.fromarray(pixels) for pixels in drawn.pixels]
+    batches = []
+    for task in tasks:
+        of_task = [q for q in asked if q.task == task]
+        for start in range(0, len(of_task), size):
+            part = of_task[start : start + size]
+            inputs = ask(processor, [pictures[q.scene] for q in part], [q.text for q in part], device)
+            batches.append(Batch(part, inputs))
+    return batches
+
+
+def main(
+    console: Console,
+    *,
+    folder: Path | None,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    count: int,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+    out: Path,
+) -> None:
+    """``vtk eval``: the table, eval.json and eval.png."""
+    folder = embedded.WEIGHTS if folder is None else folder
+    model, processor = embedded.load(folder, device)
+    draft = embedded.load_draft(folder / "draft", device)
+    batches = held_out(processor, count, seed=seed, device=device)
+    total = sum(len(batch.questions) for batch in batches)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("evaluating", total=num_steps(batches, methods, keeps, rounds))
+        rows = evaluate(model, processor, batches, methods, keeps, rounds, lambda: progress.advance(task))
+    lengths = acceptance_length(model, draft, batches)
+    facts = collect() | {"questions": total, "seed": seed, "device": str(device)}
+    console.print(
+        table_of(rows, f"{total} held-out questions, {len(batches[0].questions)} at a time; times one by one")
+    )
+    console.print(
+        "tokens a verification of the draft model's proposals yields: "
+        + ", ".join(f"{task} {length:.2f}" for task, length in lengths.items()),
+        highlight=False,
+    )
+    write_json(out / "eval.json", rows, facts | {"acceptance_length": lengths})
+    plot(out / "eval.png", rows)
+    console.print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}")
+
+
+def held_out_scene(seed: int) -> tuple[Image.Image, list[Question]]:
+    """A scene that training never saw, with one question of every task."""
+    rng = np.random.default_rng([seed, _HELD_OUT])
+    drawn = scenes.sample(rng, 1, held_out=True)
+    return Image.fromarray(drawn.pixels[0]), questions.ask(rng, drawn, TASKS)
+
+
+def ask(processor: Any, pictures: list[Image.Image], texts: list[str], device: Any = "cpu") -> dict[str, Tensor]:
+    """The processor's inputs for one question about each picture, padded on the left."""
+    prompts = []
+    for text in texts:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        prompts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
+    return dict(processor(images=pictures, text=prompts, padding=True, return_tensors="pt").to(device))
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, inputs: dict[str, Tensor]) -> list[str]:
+    """Greedy answers, one a prompt."""
+    out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def score(question: Question, answer: str) -> float:
+    """1 or 0; for a description, the facts that it shares with the right one, over those of the longer of both."""
+    if question.task != "describe":
+        return float(answer.strip() == question.answer)
+    right, given = _facts(question.answer), _facts(answer)
+    return len(right & given) / max(len(right), len(given))
+
+
+def _facts(description: str) -> set[str]:
+    parts = description.replace("digits:", "").replace("shapes:", "").replace(".", ",").split(",")
+    return {part.strip() for part in parts if part.strip()}
+
+
+def accuracy(
+    model: Any, processor: Any, batches: Sequence[Batch], advance: Callable[[], Any] = int
+) -> dict[str, float]:
+    """Mean score by task. ``advance`` is called after each batch."""
+    scores: dict[str, list[float]] = {}
+    for batch in batches:
+        for question, answer in zip(batch.questions, answers(model, processor, batch.inputs), strict=True):
+            scores.setdefault(question.task, []).append(score(question, answer))
+        advance()
+    return {task: statistics.fmean(of_task) for task, of_task in scores.items()}
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    batches: Sequence[Batch],
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    rounds: int = 3,
+    advance: Callable[[], Any] = int,
+) -> list[Row]:
+    """The untouched model's row, then one of every method (the baselines always among them) at every budget.
+
+    ``advance`` is called :func:`num_steps` times.
+    """
+    variants = _variants(model, methods, keeps)
+    costs = _costs(model, processor, batches, variants, rounds, advance)
+    full = costs[0]
+    rows = []
+    for (name, keep, attach), cost in zip(variants, costs, strict=True):
+        with attach() as handle:
+            by_task = accuracy(model, processor, batches, advance)
+            flops = prefill_flops(model, batches[0].alone(0))
+        rows.append(
+            Row(
+                method=name,
+                keep=keep,
+                tokens=embedded.GRID**2 if handle is None else handle.last.indices.shape[1],
+                accuracy={task: round(value, 4) for task, value in by_task.items()},
+                mean=round(statistics.fmean(by_task.values()), 4),
+                prefill_ms=_median(cost, "prefill"),
+                decode_ms=_median([c for c in cost if len(c.ids) > 1], "decode"),
+                question_ms=_mean_total(cost),
+                speedup=round(_mean_total(full) / _mean_total(cost), 3),
+                kv_bytes=cost[0].kv_bytes,
+                prefill_flops=flops,
+            )
+        )
+    return rows
+
+
+def num_steps(batches: Sequence[Batch], methods: Sequence[str], keeps: Sequence[float], rounds: int) -> int:
+    """How often :func:`evaluate` reports progress."""
+    return (1 + len(_with_baselines(methods)) * len(keeps)) * (len(batches) + rounds + 1)
+
+
+def _with_baselines(methods: Sequence[str]) -> list[str]:
+    return [*(name for name in methods if name not in BASELINES), *BASELINES]
+
+
+def _variants(model: Any, methods: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, float | None, Any]]:
+    variants: list[tuple[str, float | None, Any]] = [("all tokens", None, contextlib.nullcontext)]
+    for name in _with_baselines(methods):
+        for keep in keeps:
+            variants.append((name, keep, lambda name=name, keep=keep: zoo.apply(model, name, keep)))
+    return variants
+
+
+def _costs(
+    model: Any,
+    processor: Any,
+    batches: Sequence[Batch],
+    variants: Sequence[tuple[str, float | None, Any]],
+    rounds: int,
+    advance: Callable[[], Any],
+) -> list[list[Cost]]:
+    """Each variant's costs, one question of each task a round, the variants taking turns; the first round warms up."""
+    first = {batch.questions[0].task: batch for batch in reversed(batches)}
+    costs: list[list[Cost]] = [[] for _ in variants]
+    for turn in range(rounds + 1):
+        for cost, (_, _, attach) in zip(costs, variants, strict=True):
+            with attach():
+                for batch in first.values():
+                    answer = processor.tokenizer(batch.questions[0].answer, add_special_tokens=False).input_ids
+                    measured = measure(model, batch.alone(0), len(answer) + 1)
+                    if turn > 0:
+                        cost.append(measured)
+            advance()
+    return costs
+
+
+def _median(costs: Sequence[Cost], name: str) -> float:
+    return round(statistics.median(getattr(cost, name) for cost in costs) * 1e3, 3)
+
+
+def _mean_total(costs: Sequence[Cost]) -> float:
+    """Milliseconds a question: the mean over answer lengths of the median over rounds."""
+    by_length: dict[int, list[float]] = {}
+    for cost in costs:
+        by_length.setdefault(len(cost.ids), []).append(cost.total)
+    totals = [statistics.median(of_length) for of_length in by_length.values() for _ in of_length]
+    return round(statistics.fmean(totals) * 1e3, 3)
+
+
+@torch.inference_mode()
+def acceptance_length(model: Any, draft: Any, batches: Sequence[Batch], proposals: int = 4) -> dict[str, float]:
+    """Tokens a verification yields with ``proposals`` greedy draft tokens each, by task, over the model's own answers.
+
+    Greedy speculation accepts the proposals up to the first that differs from the model's choice, which it then takes
+    instead. The draft continues accepted text alone, so its choices after the model's own tokens tell every round.
+    """
+    tokens: dict[str, int] = {}
+    verifications: dict[str, int] = {}
+    for batch in batches:
+        task, prompt = batch.questions[0].task, batch.inputs["input_ids"]
+        ids = model.generate(**batch.inputs, max_new_tokens=LONGEST, do_sample=False)
+        visual = torch.cat(list(model.model.get_image_features(batch.inputs["pixel_values"]).pooler_output))
+        embeds = draft.get_input_embeddings()(ids)
+        embeds[ids == model.config.image_token_id] = visual.to(embeds.dtype)
+        mask = torch.cat([batch.inputs["attention_mask"], torch.ones_like(ids[:, prompt.shape[1] :])], 1)
+        chosen = draft(inputs_embeds=embeds, attention_mask=mask).logits.argmax(-1)
+        start = prompt.shape[1]
+        for row, agrees in zip(ids[:, start:], (chosen[:, :-1] == ids[:, 1:])[:, start - 1 :], strict=True):
+            length = int((row != embedded.PAD).sum())
+            tokens[task] = tokens.get(task, 0) + length
+            verifications[task] = verifications.get(task, 0) + _rounds(agrees[:length].tolist(), proposals)
+    by_task = {task: round(tokens[task] / verifications[task], 3) for task in tokens}
+    return by_task | {"all": round(sum(tokens.values()) / sum(verifications.values()), 3)}
+
+
+def _rounds(agrees: list[bool], proposals: int) -> int:
+    """Verifications that an answer takes, given where the draft agrees with it."""
+    position = count = 0
+    while position < len(agrees):
+        window = agrees[position : position + proposals]
+        accepted = window.index(False) if False in window else len(window)
+        position += accepted + 1
+        count += 1
+    return count
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title)
+    tasks = list(rows[0].accuracy)
+    for heading in ("method", "tokens", *tasks, "mean", "prefill ms", "decode ms", "KV KiB", "MFLOPs", "end to end"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method,
+            str(row.tokens),
+            *(f"{row.accuracy[task]:.0%}" for task in tasks),
+            f"{row.mean:.1%}",
+            f"{row.prefill_ms:.1f}",
+            f"{row.decode_ms:.2f}",
+            f"{row.kv_bytes / 2**10:.0f}",
+            f"{row.prefill_flops / 1e6:.0f}",
+            f"{row.speedup:.2f}x",
+        )
+    return table
+
+
+def write_json(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Mean accuracy against kept tokens, one line a method; what no other point beats on both is ringed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    full, pruned = rows[0], rows[1:]
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    axis.axhline(full.mean, color="black", linewidth=1, label=f"all {full.tokens} tokens")
+    for name in dict.fromkeys(row.method for row in pruned):
+        line = sorted((row.tokens, row.mean) for row in pruned if row.method == name)
+        baseline = name in BASELINES
+        style: dict[str, Any] = {"color": "grey", "linestyle": "--" if name == "random" else ":"} if baseline else {}
+        axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, **style)
+    best = list(_pareto(pruned))
+    axis.scatter(
+        [row.tokens for row in best], [row.mean for row in best], s=90, facecolors="none", edgecolors="black", zorder=3
+    )
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="visual tokens kept", ylabel="mean accuracy over tasks", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pareto(rows: Sequence[Row]) -> Iterator[Row]:
+    best = -1.0
+    for row in sorted(rows, key=lambda row: (row.tokens, -row.mean)):
+        if row.mean > best:
+            best = row.mean
+            yield row
