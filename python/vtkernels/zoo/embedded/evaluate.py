@@ -130,13 +130,18 @@ def held_out_scene(seed: int) -> tuple[Image.Image, list[Question]]:
     return Image.fromarray(drawn.pixels[0]), questions.ask(rng, drawn, TASKS)
 
 
-def ask(processor: Any, pictures: list[Image.Image], texts: list[str], device: Any = "cpu") -> dict[str, Tensor]:
-    """The processor's inputs for one question about each picture, padded on the left."""
+def ask(processor: Any, pictures: Sequence[Any], texts: Sequence[str], device: Any = "cpu") -> dict[str, Tensor]:
+    """The processor's inputs for one question about each picture, or each list of frames, padded on the left."""
     prompts = []
-    for text in texts:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    for picture, text in zip(pictures, texts, strict=True):
+        content: list[dict[str, str]] = [{"type": "image"}]
+        if isinstance(picture, list):
+            content = []
+            for frame in range(len(picture)):
+                content += [{"type": "text", "text": f"frame {frame + 1} "}, {"type": "image"}]
+        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         prompts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
-    return dict(processor(images=pictures, text=prompts, padding=True, return_tensors="pt").to(device))
+    return dict(processor(images=list(pictures), text=prompts, padding=True, return_tensors="pt").to(device))
 
 
 @torch.inference_mode()

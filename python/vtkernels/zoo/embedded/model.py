@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 TEXT = (
     "user assistant : ? , . what which where how many is are there the digit digits shapes larger or left right of yes "
-    "no neither describe picture at when which way does move up down changed nothing appear appears disappear "
+    "no neither describe picture at when which way does move moves up down changed nothing appear appears disappear "
     "disappears frame first last"
 )
 VOCABULARY = tuple(dict.fromkeys((*SPECIAL, *COLOUR_NAMES, *KINDS, *ROWS, *COLUMNS, *PLURALS.values(), *TEXT.split())))

@@ -102,10 +102,7 @@ def sample(rng: np.random.Generator, count: int, *, held_out: bool = False, crow
         distinct = rng.random((count, len(COLOURS))).argsort(1)
         colour = np.take_along_axis(distinct, np.minimum(order, len(COLOURS) - 1), 1)
         colour = np.where(digit, colour, rng.integers(0, len(COLOURS), (count, slots)))
-    glyphs = _glyph_indices(held_out)
-    glyph = glyphs[rng.integers(0, len(glyphs), (count, slots))]
-    shape = rng.integers(0, len(SHAPES), (count, slots))
-    kind = np.where(digit, _atlas()[1][glyph], 10 + shape)
+    sprite, kind = sprites(rng, digit, held_out)
     middle = np.arange(SLOTS) * SLOT + SLOT / 2
     grid = np.stack(np.meshgrid(middle, middle, indexing="ij"), -1).reshape(slots, 2)
     centre = (grid + offset + rng.uniform(-_JITTER, _JITTER, (count, slots, 2))).astype(np.float32)
@@ -117,10 +114,20 @@ def sample(rng: np.random.Generator, count: int, *, held_out: bool = False, crow
         offset=offset,
     )
     dy, dx = offset
-    canvas = np.roll(_background(rng, count), (-dy, -dx), (1, 2))
-    _paint(canvas, rng, scenes, sprite=np.where(digit, glyph, len(_atlas()[1]) + shape))
+    canvas = np.roll(background(rng, count), (-dy, -dx), (1, 2))
+    _paint(canvas, rng, scenes, sprite)
     scenes.pixels[...] = np.roll(canvas.clip(0, 255), (dy, dx), (1, 2))
     return scenes
+
+
+def sprites(
+    rng: np.random.Generator, digit: NDArray[np.bool_], held_out: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A random glyph where ``digit`` is set, a random shape elsewhere: sprite numbers, and the kinds they are."""
+    glyphs, values = _glyph_indices(held_out), _atlas()[1]
+    glyph = glyphs[rng.integers(0, len(glyphs), digit.shape)]
+    shape = rng.integers(0, len(SHAPES), digit.shape)
+    return np.where(digit, glyph, len(values) + shape), np.where(digit, values[glyph], 10 + shape)
 
 
 def patch_labels(scenes: Scenes) -> PatchLabels:
@@ -192,7 +199,7 @@ def _smooth(points: int) -> NDArray[np.float32]:
     return np.maximum(0, 1 - np.abs(at - np.arange(points))).astype(np.float32)
 
 
-def _background(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+def background(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
     """Clouds, stripes, strokes and grain, all dim: [count, 192, 192, 3]."""
 
     def uniform(low: float, high: float, *shape: int) -> NDArray[np.float32]:

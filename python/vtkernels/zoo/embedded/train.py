@@ -8,6 +8,9 @@ see     The vision tower and the projector, on crowded scenes. Every patch must 
 answer  Everything, on questions about ordinary scenes. One pass over the picture serves all questions about it. In
         half of the steps the language model sees a random part of the tokens, each object's middle always among them:
         what it answers then depends on which tokens are kept and not on their having been shifted.
+video   Half of the steps are the second stage's, half ask about videos, whose frames the tower, now at rest, sees as
+        pictures. The language model sees a random part of each frame, either moved together or at the places that
+        the tokens have among all 2048, so that it knows both.
 draft   The one-layer draft model, on the same questions, towards the distribution of the trained model.
 
 A step depends on the seed and its number alone, so a run that is interrupted and resumed is the run without the
@@ -16,11 +19,10 @@ interruption, up to the checkpoint it resumes from.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,14 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from vtkernels.zoo.embedded import model as embedded
-from vtkernels.zoo.embedded import questions, scenes
+from vtkernels.zoo.embedded import questions, scenes, videos
 from vtkernels.zoo.embedded.scenes import COLOUR_NAMES, COLUMNS, KINDS, NOTHING, ROWS, PatchLabels, Scenes
 
 TASKS = ("digit",) * 3 + ("count",) * 3 + ("where",) * 2 + ("compare",) * 2 + ("beside",) * 2
+VIDEO_TASKS = videos.TASKS * 2
 IGNORED = -100  # cross_entropy's own
-PROMPT = (embedded.BOS, *(embedded.VOCABULARY.index(word) for word in ("user", ":")))
+PROMPT = (embedded.BOS, *map(embedded.VOCABULARY.index, ("user", ":")))
+FRAME_WORDS = [list(map(embedded.VOCABULARY.index, ("frame", str(1 + frame)))) for frame in range(videos.FRAMES)]
 WORD_GROUPS = {
     "kind": [embedded.VOCABULARY.index(word) for word in KINDS],
     "colour": [embedded.VOCABULARY.index(word) for word in COLOUR_NAMES],
@@ -55,18 +59,24 @@ class Config:
     seed: int = 0
     see_steps: int = 3000
     answer_steps: int = 6000
+    video_steps: int = 2000
     draft_steps: int = 1000
     batch: int = 8
     learning_rate: float = 1.5e-3
     tower_scale: float = 0.3  # of the learning rate, for the tower in the second stage
     warmup: int = 100
-    decay: float = 0.3  # the part of the answer and of the draft stage in which the learning rate falls to zero
+    decay: float = 0.3  # the part of the video and of the draft stage in which the learning rate falls to zero
     probe_every: int = 250
     save_seconds: float = 60.0
 
     @property
     def stages(self) -> dict[str, int]:
-        return {"see": self.see_steps, "answer": self.answer_steps, "draft": self.draft_steps}
+        return {
+            "see": self.see_steps,
+            "answer": self.answer_steps,
+            "video": self.video_steps,
+            "draft": self.draft_steps,
+        }
 
     def stage_of(self, step: int) -> tuple[str, int]:
         """The stage of a step and the step's number in it."""
@@ -77,9 +87,9 @@ class Config:
         raise IndexError("the run is over")
 
     def rate(self, stage: str, step: int) -> float:
-        """The learning rate: a linear warm-up, a plateau, and a linear fall, which the first stage leaves out."""
+        """The learning rate: a linear warm-up, a plateau, and for the finished models a linear fall."""
         length = self.stages[stage]
-        fall = 1.0 if stage == "see" else (length - step) / (length * self.decay)
+        fall = (length - step) / (length * self.decay) if stage in ("video", "draft") else 1.0
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, fall)
 
 
@@ -125,7 +135,7 @@ class Run:
         """One step; returns its losses."""
         stage, number = self.config.stage_of(self.step)
         rate = self.config.rate(stage, number)
-        scales = {"see": (1, 1, 0), "answer": (self.config.tower_scale, 1, 0), "draft": (0, 0, 1)}[stage]
+        scales = {"see": (1, 1, 0), "draft": (0, 0, 1)}.get(stage, (self.config.tower_scale, 1, 0))
         for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
             group["lr"] = rate * scale
         rng = np.random.default_rng([self.config.seed, 1, self.step])
@@ -140,11 +150,11 @@ class Run:
 
     def _see(self, rng: np.random.Generator) -> dict[str, Tensor]:
         batch = scenes.sample(rng, self.config.batch, crowded=True)
-        return self._patch_losses(*self.look(batch), batch)
+        return self._patch_losses(*self.look(batch.pixels), batch)
 
     def _answer(self, rng: np.random.Generator) -> dict[str, Tensor]:
         batch = scenes.sample(rng, self.config.batch)
-        features, tokens = self.look(batch)
+        features, tokens = self.look(batch.pixels)
         kept = keep_some(rng, scenes.patch_labels(batch))
         tokens_kept = tokens if kept is None else tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
         losses = self._patch_losses(features, tokens, batch)
@@ -153,20 +163,38 @@ class Run:
             losses[name] = F.cross_entropy(logits, rows.targets[rows.targets != IGNORED])
         return losses
 
+    def _video(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        if rng.random() < 0.5:
+            return self._answer(rng)
+        pixels, stories = videos.sample(rng, self.config.batch // 2)
+        with torch.no_grad():
+            features, tokens = self.look(pixels.reshape(-1, *pixels.shape[2:]))
+            chance = (
+                torch.from_numpy(rng.random(tokens.shape[:2])) + self.heads.patch(features[:, 1:])[..., 1].sigmoid()
+            )
+        keep = int(rng.choice((24, 48)))
+        kept = chance.topk(keep).indices.sort(1).values
+        tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
+        tokens = tokens.unflatten(0, (-1, videos.FRAMES))
+        places = kept.view(len(stories), videos.FRAMES, keep) if rng.random() < 0.5 else None
+        rows = Rows.encode(self.tokenizer, videos.ask(stories, VIDEO_TASKS))
+        logits = self.answer_logits(self.model.model.language_model, tokens, rows, places)
+        return {"video": F.cross_entropy(logits, rows.targets[rows.targets != IGNORED])}
+
     def _draft(self, rng: np.random.Generator) -> dict[str, Tensor]:
         batch = scenes.sample(rng, self.config.batch)
         losses = {}
         with torch.no_grad():
-            tokens = self.look(batch)[1]
+            tokens = self.look(batch.pixels)[1]
         for name, rows in self.rows(rng, batch).items():
             with torch.no_grad():
                 wanted = self.answer_logits(self.model.model.language_model, tokens, rows).softmax(-1)
             losses[f"draft {name}"] = F.cross_entropy(self.answer_logits(self.draft.model, tokens, rows), wanted)
         return losses
 
-    def look(self, batch: Scenes) -> tuple[Tensor, Tensor]:
+    def look(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
         """The tower's features with [CLS] [B, 257, C] and the projected tokens of the patches [B, 256, C]."""
-        features = self.model.model.vision_tower(normalised(batch.pixels)).last_hidden_state
+        features = self.model.model.vision_tower(normalised(pixels)).last_hidden_state
         return features, self.model.model.multi_modal_projector(features[:, 1:])
 
     def word_logits(self, tokens: Tensor) -> Tensor:
@@ -192,16 +220,23 @@ class Run:
         blocks = {"answer": TASKS, "describe": ("describe",)}
         return {name: Rows.encode(self.tokenizer, questions.ask(rng, batch, t)) for name, t in blocks.items()}
 
-    def answer_logits(self, language: Any, tokens: Tensor, rows: Rows) -> Tensor:
-        """The logits [answer tokens, V] of every row, after one pass over the visual tokens of its picture."""
-        start = language.embed_tokens(torch.tensor(PROMPT)).expand(len(tokens), -1, -1)
-        seen = language(inputs_embeds=torch.cat([start, tokens], 1), use_cache=True).past_key_values
+    def answer_logits(self, language: Any, tokens: Tensor, rows: Rows, places: Tensor | None = None) -> Tensor:
+        """The logits [answer tokens, V] of every row, after one pass over the visual tokens of its picture or video.
+
+        ``tokens`` [B, n, C] of pictures or [B, frames, n, C] of videos; ``places`` [B, frames, n] gives each token the
+        position that it has when all 256 of a frame are there, None moves them together.
+        """
+        prompt, positions = opening(language.embed_tokens, tokens, places)
+        seen = language(inputs_embeds=prompt, position_ids=positions, use_cache=True).past_key_values
         repeat = len(rows.ids) // len(tokens)
         cache = DynamicCache(
             [tuple(t.repeat_interleave(repeat, 0) for t in (layer.keys, layer.values)) for layer in seen.layers]
         )
-        hidden = language(input_ids=rows.ids, past_key_values=cache, use_cache=True).last_hidden_state
-        return hidden[rows.targets != IGNORED] @ language.embed_tokens.weight.T
+        after = None
+        if positions is not None:
+            after = positions[:, -1:].repeat_interleave(repeat, 0) + 1 + torch.arange(rows.ids.shape[1])
+        hidden = language(input_ids=rows.ids, position_ids=after, past_key_values=cache, use_cache=True)
+        return hidden.last_hidden_state[rows.targets != IGNORED] @ language.embed_tokens.weight.T
 
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
@@ -209,12 +244,17 @@ class Run:
         stage, _ = self.config.stage_of(self.step - 1)
         rng = np.random.default_rng([self.config.seed, 2])
         batch = scenes.sample(rng, 24, held_out=True, crowded=stage == "see")
-        _, tokens = self.look(batch)
+        _, tokens = self.look(batch.pixels)
         if stage == "see":
             return self._probe_patches(tokens, scenes.patch_labels(batch))
         language = self.draft.model if stage == "draft" else self.model.model.language_model
         right: dict[str, list[bool]] = {}
-        for rows in self.rows(rng, batch).values():
+        asked = [(tokens, rows) for rows in self.rows(rng, batch).values()]
+        if stage == "video":
+            pixels, stories = videos.sample(rng, 8, held_out=True)
+            frames = self.look(pixels.reshape(-1, *pixels.shape[2:]))[1].unflatten(0, (-1, videos.FRAMES))
+            asked.append((frames, Rows.encode(self.tokenizer, videos.ask(stories))))
+        for tokens, rows in asked:
             for task, exact in zip(rows.tasks, rows.exact(self.answer_logits(language, tokens, rows)), strict=True):
                 right.setdefault(task, []).append(exact)
         return {task: float(np.mean(exact)) for task, exact in right.items()}
@@ -256,6 +296,23 @@ class Rows:
         right = torch.ones_like(self.targets, dtype=torch.bool)
         right[wanted] = logits.argmax(-1) == self.targets[wanted]
         return right.all(1).tolist()
+
+
+def opening(embed: Any, tokens: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What comes before the question, embedded, and its positions (None: one after the other)."""
+
+    def words(ids: Sequence[int]) -> Tensor:
+        return embed(torch.tensor(ids)).expand(len(tokens), -1, -1)
+
+    if tokens.dim() == 3:
+        return torch.cat([words(PROMPT), tokens], 1), None
+    parts, positions, at = [words(PROMPT)], [torch.arange(len(PROMPT)).expand(len(tokens), -1)], len(PROMPT)
+    for frame, ids in enumerate(FRAME_WORDS):
+        parts += [words(ids), tokens[:, frame]]
+        if places is not None:
+            positions += [at + torch.arange(len(ids)).expand(len(tokens), -1), at + len(ids) + places[:, frame]]
+            at += len(ids) + scenes.GRID**2
+    return torch.cat(parts, 1), None if places is None else torch.cat(positions, 1)
 
 
 def normalised(pixels: np.ndarray) -> Tensor:
@@ -358,14 +415,15 @@ def main(
     threads: int = typer.Option(0, help="CPU threads; 0 = torch's choice."),
     see_steps: int = Config.see_steps,
     answer_steps: int = Config.answer_steps,
+    video_steps: int = Config.video_steps,
     draft_steps: int = Config.draft_steps,
     seed: int = Config.seed,
 ) -> None:
     """Trains the embedded model; interrupted, the same command goes on where it was."""
     if threads:
         torch.set_num_threads(threads)
-    config = dataclasses.replace(
-        Config(), seed=seed, see_steps=see_steps, answer_steps=answer_steps, draft_steps=draft_steps
+    config = Config(
+        seed=seed, see_steps=see_steps, answer_steps=answer_steps, video_steps=video_steps, draft_steps=draft_steps
     )
     export(train(config, out), out / "weights")
 
