@@ -31,7 +31,8 @@ def demo(
     method: list[str] = typer.Option(["fastervlm", "hiprune", "todre"], help="Pruning method, repeatable."),
     keep: int = typer.Option(64, help="Visual tokens to keep of each image."),
     question: str | None = typer.Option(None, help="Asked instead of the scene's questions."),
-    seed: int = typer.Option(0, help="Which held-out scene is rendered."),
+    video: bool = typer.Option(False, help="A rendered video of eight frames, for the embedded model."),
+    seed: int = typer.Option(0, help="Which held-out scene or video is rendered."),
     new_tokens: int = typer.Option(16, help="Tokens to decode where the right answer is not known."),
     rounds: int = typer.Option(3, help="Timed repetitions; the table has their medians."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -49,7 +50,7 @@ def demo(
             elif geometry is Geometry.clip_l:
                 subject = run.random_subject(image, new_tokens, where)
             else:
-                subject = run.embedded_subject(image, question, seed, where)
+                subject = run.embedded_subject(image, question, video, seed, where)
         run.main(console, subject, method, keep, rounds, out)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         _stop(str(error))
@@ -59,7 +60,8 @@ def demo(
 def evaluate(
     methods: str = typer.Option("all", help="Names of methods, comma-separated, or all; the baselines always run."),
     keep: str = typer.Option("0.5,0.25,0.11,0.05", help="Budgets: parts of the visual tokens, comma-separated."),
-    questions: int = typer.Option(504, help="Held-out questions, rounded up to whole scenes of six."),
+    questions: int = typer.Option(504, help="Held-out questions, rounded up to whole scenes (6) or videos (3)."),
+    video: bool = typer.Option(False, help="Ask about videos of eight frames."),
     rounds: int = typer.Option(3, help="Timed repetitions; the table has their medians."),
     seed: int = typer.Option(0, help="Which held-out scenes."),
     model: Path | None = typer.Option(None, help="A folder that the training wrote; default: the embedded model."),
@@ -79,6 +81,7 @@ def evaluate(
             folder=model,
             methods=names,
             keeps=[float(part) for part in keep.split(",")],
+            video=video,
             count=questions,
             rounds=rounds,
             seed=seed,

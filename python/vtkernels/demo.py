@@ -55,13 +55,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, a picture and questions about it; the last question is the one that is timed.
+    """A model, a picture or a video's frames, and questions about them; the last question is the one that is timed.
 
     ``decode`` turns ids into text; None when the text means nothing.
     """
 
     model: Any
-    picture: Image.Image
+    pictures: list[Image.Image]
     prompts: list[Prompt]
     new_tokens: int
     decode: Callable[[Tensor], str] | None = None
@@ -80,6 +80,7 @@ class Measured:
 
 
 def main(console: Console, subject: Subject, methods: list[str], keep: int, rounds: int, out: Path) -> None:
+    transformers.utils.logging.set_verbosity_error()
     if subject.note:
         console.print(subject.note)
     attach: dict[str, Callable[[], Any]] = {"all tokens": contextlib.nullcontext}
@@ -103,7 +104,7 @@ def main(console: Console, subject: Subject, methods: list[str], keep: int, roun
                     else:
                         results[name].costs.append(cost)
                     if handle is not None:
-                        kept[name], grid = handle.last.indices[0].cpu(), handle.last.grid
+                        kept[name], grid = handle.last.indices.cpu(), handle.last.grid
                         results[name].tokens = handle.last.tokens_after[0]
                 progress.advance(task)
 
@@ -115,7 +116,7 @@ def main(console: Console, subject: Subject, methods: list[str], keep: int, roun
         f"The vision tower is {vision_share:.0%} of the untouched prefill and stays: no pruning after it can make the "
         f"prefill more than {1 / vision_share:.1f}x faster."
     )
-    draw(subject.picture, kept, grid, out)
+    draw(subject.pictures, kept, grid, out)
     console.print(f"wrote {out}: the kept patches of {', '.join(kept)}")
 
 
@@ -123,13 +124,13 @@ def device_of(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def embedded_subject(image: Path | None, question: str | None, seed: int, device: torch.device) -> Subject:
-    """The embedded model, on a held-out scene with a question of every task, or on the caller's."""
+def embedded_subject(image: Path | None, question: str | None, video: bool, seed: int, device: torch.device) -> Subject:
+    """The embedded model, on a held-out scene or video with a question of every task, or on the caller's picture."""
     from vtkernels.zoo import embedded
 
     model, processor = embedded.load(device=device)
     if image is None:
-        picture, asked = embedded.held_out_scene(seed)
+        (picture,), asked = embedded.drawn(1, video, seed)
     else:
         picture, asked = Image.open(image).convert("RGB"), []
     texts = [(question, None)] if question else [(q.text, q.answer) for q in asked]
@@ -138,11 +139,11 @@ def embedded_subject(image: Path | None, question: str | None, seed: int, device
     longest = prompts[-1].right
     return Subject(
         model=model,
-        picture=picture,
+        pictures=picture if isinstance(picture, list) else [picture],
         prompts=prompts,
         new_tokens=16 if longest is None else len(processor.tokenizer(longest).input_ids),
         decode=lambda ids: processor.decode(ids, skip_special_tokens=True),
-        note="The embedded model on a scene that its training never saw." if image is None else "",
+        note="The embedded model, on a scene that its training never saw." if image is None else "",
     )
 
 
@@ -169,7 +170,7 @@ def random_subject(image: Path | None, new_tokens: int, device: torch.device) ->
         "[yellow]Random weights at CLIP-L/336 geometry: timings and the selection are real, and there is no text.[/] "
         "The embedded model and --model PATH answer."
     )
-    return Subject(model, picture, [Prompt(inputs)], new_tokens, note=note)
+    return Subject(model, [picture], [Prompt(inputs)], new_tokens, note=note)
 
 
 def checkpoint_subject(
@@ -189,7 +190,7 @@ def checkpoint_subject(
     inputs = processor(images=picture, text=prompt, return_tensors="pt").to(device, model.dtype)
     return Subject(
         model=model.to(device).eval(),
-        picture=picture,
+        pictures=[picture],
         prompts=[Prompt(dict(inputs), question)],
         new_tokens=new_tokens,
         decode=lambda ids: processor.decode(ids, skip_special_tokens=True),
@@ -248,8 +249,8 @@ def timing_table(results: dict[str, Measured], model: Any) -> Table:
     return table
 
 
-def draw(picture: Image.Image, kept: dict[str, Tensor], grid: tuple[int, int], out: Path) -> None:
-    """The picture as the encoder sees it, and for each method the same with the dropped patches dimmed."""
+def draw(pictures: list[Image.Image], kept: dict[str, Tensor], grid: tuple[int, int], out: Path) -> None:
+    """Each picture as the encoder sees it, and below it for each method the same with the dropped patches dimmed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,16 +258,22 @@ def draw(picture: Image.Image, kept: dict[str, Tensor], grid: tuple[int, int], o
 
     height, width = grid
     cell = 14
-    view = np.asarray(picture.resize((width * cell, height * cell), Image.Resampling.BICUBIC)) / 255
-    figure, axes = plt.subplots(1, 1 + len(kept), figsize=(4 * (1 + len(kept)), 4.4), squeeze=False)
-    axes[0, 0].imshow(view)
-    axes[0, 0].set_title(f"all {height * width} tokens")
-    for axis, (name, indices) in zip(axes[0, 1:], kept.items(), strict=True):
-        mask = np.zeros(height * width)
-        mask[indices.numpy()] = 1
-        mask = mask.reshape(height, width).repeat(cell, 0).repeat(cell, 1)[..., None]
-        axis.imshow(view * (0.22 + 0.78 * mask))
-        axis.set_title(f"{name}: {len(indices)} kept")
+    # One picture: the methods side by side. A video: its frames side by side, the methods one below the other.
+    down, across = (1, 1 + len(kept)) if len(pictures) == 1 else (1 + len(kept), len(pictures))
+    side = 4 if len(pictures) == 1 else 2
+    figure, axes = plt.subplots(down, across, figsize=(side * across, (side + 0.4) * down), squeeze=False)
+    axes = axes.reshape(1 + len(kept), len(pictures))
+    for index, picture in enumerate(pictures):
+        view = np.asarray(picture.resize((width * cell, height * cell), Image.Resampling.BICUBIC)) / 255
+        axes[0, index].imshow(view)
+        for axis, indices in zip(axes[1:, index], kept.values(), strict=True):
+            mask = np.zeros(height * width)
+            mask[indices[index].numpy()] = 1
+            mask = mask.reshape(height, width).repeat(cell, 0).repeat(cell, 1)[..., None]
+            axis.imshow(view * (0.22 + 0.78 * mask))
+    titles = [f"all {height * width} tokens", *(f"{name}: {i.shape[1]} kept" for name, i in kept.items())]
+    for axis, title in zip(axes[:, 0], titles, strict=True):
+        axis.set_title(title)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()

@@ -4,7 +4,7 @@
 it is asked, ``train`` made its weights, ``evaluate`` measures what a pruning method keeps of its answers.
 """
 
-from vtkernels.zoo.embedded.evaluate import ask, held_out_scene
+from vtkernels.zoo.embedded.evaluate import ask, drawn
 from vtkernels.zoo.embedded.model import load, load_draft
 
-__all__ = ["ask", "held_out_scene", "load", "load_draft"]
+__all__ = ["ask", "drawn", "load", "load_draft"]

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from vtkernels import zoo
 from vtkernels.collect_env import collect
 from vtkernels.zoo.embedded import model as embedded
-from vtkernels.zoo.embedded import questions, scenes
+from vtkernels.zoo.embedded import questions, report, scenes, videos
 from vtkernels.zoo.embedded.questions import Question
+from vtkernels.zoo.embedded.report import BASELINES, Row
 from vtkernels.zoo.measure import Cost, measure, prefill_flops
 
 TASKS = tuple(questions.TASKS)
-BASELINES = ("random", "uniform")
 LONGEST = 64  # tokens of an answer
 _HELD_OUT = 3  # the stream of the evaluation's scenes; training draws from 1 and 2
 
@@ -42,41 +40,55 @@ class Batch:
     def alone(self, row: int) -> dict[str, Tensor]:
         """One question's inputs, without padding."""
         real = self.inputs["attention_mask"][row].bool()
-        return {
-            "input_ids": self.inputs["input_ids"][row : row + 1, real],
-            "pixel_values": self.inputs["pixel_values"][row : row + 1],
-        }
+        pixels = self.inputs["pixel_values"].unflatten(0, (len(self.questions), -1))
+        return {"input_ids": self.inputs["input_ids"][row : row + 1, real], "pixel_values": pixels[row]}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. ``keep`` is None for the untouched model; times are medians, in milliseconds.
-
-    ``question_ms`` is the time of one question of each task, answered one at a time with as many tokens as the right
-    answer has; ``speedup`` is that of the untouched model, in the same run, over this.
-    """
-
-    method: str
-    keep: float | None
-    tokens: int
-    accuracy: dict[str, float]
-    mean: float
-    prefill_ms: float
-    decode_ms: float
-    question_ms: float
-    speedup: float
-    kv_bytes: int
-    prefill_flops: int
+def main(
+    console: Console,
+    *,
+    folder: Path | None,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    video: bool,
+    count: int,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+    out: Path,
+) -> None:
+    """``vtk eval``: the tables, eval.json and eval.png."""
+    folder = embedded.WEIGHTS if folder is None else folder
+    transformers.utils.logging.disable_progress_bar()
+    model, processor = embedded.load(folder, device)
+    draft = embedded.load_draft(folder / "draft", device)
+    batches = held_out(processor, count, video=video, seed=seed, device=device)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("evaluating", total=num_steps(batches, methods, keeps, rounds))
+        rows = evaluate(model, processor, batches, methods, keeps, rounds, lambda: progress.advance(task))
+    total = sum(len(batch.questions) for batch in batches)
+    facts = collect() | {"questions": total, "seed": seed, "video": video, "device": str(device)}
+    console.print(report.accuracy_table(rows, f"accuracy on {total} held-out questions"))
+    console.print(report.cost_table(rows, f"cost of one prompt, {device}, {torch.get_num_threads()} threads"))
+    if not video:
+        lengths = acceptance_length(model, draft, batches)
+        facts["acceptance_length"] = lengths
+        console.print("tokens that a verification of four draft tokens yields:", lengths, highlight=False)
+    report.write_json(out / "eval.json", rows, facts)
+    report.plot(out / "eval.png", rows)
+    console.print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}")
 
 
 def held_out(
-    processor: Any, count: int, tasks: Sequence[str] = TASKS, seed: int = 0, size: int = 32, device: Any = "cpu"
+    processor: Any, count: int, *, video: bool = False, seed: int = 0, size: int | None = None, device: Any = "cpu"
 ) -> list[Batch]:
-    """``count`` questions (rounded up to whole scenes, each with one of every task) on scenes never trained on."""
-    rng = np.random.default_rng([seed, _HELD_OUT])
-    drawn = scenes.sample(rng, -(-count // len(tasks)), held_out=True)
-    asked = questions.ask(rng, drawn, tuple(tasks))
-    pictures = [Image.fromarray(pixels) for pixels in drawn.pixels]
+    """``count`` questions on pictures or videos never trained on, rounded up so that each has one of every task.
+
+    Batches are of one task and of at most ``size`` prompts.
+    """
+    tasks = videos.TASKS if video else TASKS
+    pictures, asked = drawn(-(-count // len(tasks)), video, seed)
+    size = size or (4 if video else 32)
     batches = []
     for task in tasks:
         of_task = [q for q in asked if q.task == task]
@@ -87,47 +99,14 @@ def held_out(
     return batches
 
 
-def main(
-    console: Console,
-    *,
-    folder: Path | None,
-    methods: Sequence[str],
-    keeps: Sequence[float],
-    count: int,
-    rounds: int,
-    seed: int,
-    device: torch.device,
-    out: Path,
-) -> None:
-    """``vtk eval``: the table, eval.json and eval.png."""
-    folder = embedded.WEIGHTS if folder is None else folder
-    model, processor = embedded.load(folder, device)
-    draft = embedded.load_draft(folder / "draft", device)
-    batches = held_out(processor, count, seed=seed, device=device)
-    total = sum(len(batch.questions) for batch in batches)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("evaluating", total=num_steps(batches, methods, keeps, rounds))
-        rows = evaluate(model, processor, batches, methods, keeps, rounds, lambda: progress.advance(task))
-    lengths = acceptance_length(model, draft, batches)
-    facts = collect() | {"questions": total, "seed": seed, "device": str(device)}
-    console.print(
-        table_of(rows, f"{total} held-out questions, {len(batches[0].questions)} at a time; times one by one")
-    )
-    console.print(
-        "tokens a verification of the draft model's proposals yields: "
-        + ", ".join(f"{task} {length:.2f}" for task, length in lengths.items()),
-        highlight=False,
-    )
-    write_json(out / "eval.json", rows, facts | {"acceptance_length": lengths})
-    plot(out / "eval.png", rows)
-    console.print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}")
-
-
-def held_out_scene(seed: int) -> tuple[Image.Image, list[Question]]:
-    """A scene that training never saw, with one question of every task."""
+def drawn(count: int, video: bool, seed: int) -> tuple[list[Any], list[Question]]:
+    """``count`` held-out pictures, or videos as lists of frames, with a question of every task about each."""
     rng = np.random.default_rng([seed, _HELD_OUT])
-    drawn = scenes.sample(rng, 1, held_out=True)
-    return Image.fromarray(drawn.pixels[0]), questions.ask(rng, drawn, TASKS)
+    if video:
+        pixels, stories = videos.sample(rng, count, held_out=True)
+        return [[Image.fromarray(frame) for frame in frames] for frames in pixels], videos.ask(stories)
+    batch = scenes.sample(rng, count, held_out=True)
+    return [Image.fromarray(picture) for picture in batch.pixels], questions.ask(rng, batch, TASKS)
 
 
 def ask(processor: Any, pictures: Sequence[Any], texts: Sequence[str], device: Any = "cpu") -> dict[str, Tensor]:
@@ -152,15 +131,15 @@ def answers(model: Any, processor: Any, inputs: dict[str, Tensor]) -> list[str]:
 
 
 def score(question: Question, answer: str) -> float:
-    """1 or 0; for a description, the facts that it shares with the right one, over those of the longer of both."""
-    if question.task != "describe":
+    """1 or 0; for several facts, those that the answer shares with the right one, over those of the longer of both."""
+    if "," not in question.answer:
         return float(answer.strip() == question.answer)
     right, given = _facts(question.answer), _facts(answer)
     return len(right & given) / max(len(right), len(given))
 
 
-def _facts(description: str) -> set[str]:
-    parts = description.replace("digits:", "").replace("shapes:", "").replace(".", ",").split(",")
+def _facts(text: str) -> set[str]:
+    parts = text.replace("digits:", "").replace("shapes:", "").replace(".", ",").split(",")
     return {part.strip() for part in parts if part.strip()}
 
 
@@ -303,65 +282,3 @@ def _rounds(agrees: list[bool], proposals: int) -> int:
         position += accepted + 1
         count += 1
     return count
-
-
-def table_of(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title)
-    tasks = list(rows[0].accuracy)
-    for heading in ("method", "tokens", *tasks, "mean", "prefill ms", "decode ms", "KV KiB", "MFLOPs", "end to end"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.method,
-            str(row.tokens),
-            *(f"{row.accuracy[task]:.0%}" for task in tasks),
-            f"{row.mean:.1%}",
-            f"{row.prefill_ms:.1f}",
-            f"{row.decode_ms:.2f}",
-            f"{row.kv_bytes / 2**10:.0f}",
-            f"{row.prefill_flops / 1e6:.0f}",
-            f"{row.speedup:.2f}x",
-        )
-    return table
-
-
-def write_json(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
-
-
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Mean accuracy against kept tokens, one line a method; what no other point beats on both is ringed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    full, pruned = rows[0], rows[1:]
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    axis.axhline(full.mean, color="black", linewidth=1, label=f"all {full.tokens} tokens")
-    for name in dict.fromkeys(row.method for row in pruned):
-        line = sorted((row.tokens, row.mean) for row in pruned if row.method == name)
-        baseline = name in BASELINES
-        style: dict[str, Any] = {"color": "grey", "linestyle": "--" if name == "random" else ":"} if baseline else {}
-        axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, **style)
-    best = list(_pareto(pruned))
-    axis.scatter(
-        [row.tokens for row in best], [row.mean for row in best], s=90, facecolors="none", edgecolors="black", zorder=3
-    )
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="visual tokens kept", ylabel="mean accuracy over tasks", ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _pareto(rows: Sequence[Row]) -> Iterator[Row]:
-    best = -1.0
-    for row in sorted(rows, key=lambda row: (row.tokens, -row.mean)):
-        if row.mean > best:
-            best = row.mean
-            yield row

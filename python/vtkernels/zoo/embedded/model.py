@@ -83,7 +83,6 @@ def new_model() -> LlavaForConditionalGeneration:
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        pad_token_id=PAD,
     )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False)
@@ -134,10 +133,11 @@ def load(path: Path = WEIGHTS, device: torch.device | str = "cpu") -> tuple[Any,
         >>> model.config.model_type
         'llava'
     """
-    model = LlavaForConditionalGeneration.from_pretrained(path, local_files_only=True)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(path, local_files_only=True)
     return model.to(device).eval(), LlavaProcessor.from_pretrained(path, local_files_only=True)
 
 
 def load_draft(path: Path = WEIGHTS / "draft", device: torch.device | str = "cpu") -> Any:
     """The draft model: a Llama over the embedded model's vocabulary and projected visual tokens."""
-    return LlamaForCausalLM.from_pretrained(path, local_files_only=True).to(device).eval()
+    draft: Any = LlamaForCausalLM.from_pretrained(path, local_files_only=True)
+    return draft.to(device).eval()

@@ -183,7 +183,7 @@ def _shape(name: str) -> NDArray[np.float32]:
         draw.rectangle((15, 85, 225, 155), fill=255)
     else:
         draw.ellipse((15, 15, 225, 225), outline=255, width=50)
-    return np.asarray(picture.resize((24, 24), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(picture.resize((24, 24), Image.Resampling.BOX), np.float32) / np.float32(255)
 
 
 @cache
@@ -261,11 +261,11 @@ def _sample(sprite: NDArray[np.int64], v: NDArray[np.float64], u: NDArray[np.flo
     """The sprites' values at (v, u) from their centres, bilinear; their zero border serves everything outside."""
     atlas = _atlas()[0]
     middle, last = (_SPRITE - 1) / 2, _SPRITE - 1.001
-    v, u = (np.clip(axis + middle, 0, last).astype(np.float32) for axis in (v, u))
-    top, left = v.astype(np.int32), u.astype(np.int32)
-    v, u = v - top, u - left
+    down, right = (np.clip(axis + middle, 0, last).astype(np.float32) for axis in (v, u))
+    top, left = down.astype(np.int32), right.astype(np.int32)
+    down, right = down - top, right - left
     flat = atlas.reshape(-1)
     at = sprite[:, None, None] * _SPRITE**2 + top * _SPRITE + left
-    upper = flat[at] * (1 - u) + flat[at + 1] * u
-    lower = flat[at + _SPRITE] * (1 - u) + flat[at + _SPRITE + 1] * u
-    return upper * (1 - v) + lower * v
+    upper = flat[at] * (1 - right) + flat[at + 1] * right
+    lower = flat[at + _SPRITE] * (1 - right) + flat[at + _SPRITE + 1] * right
+    return upper * (1 - down) + lower * down

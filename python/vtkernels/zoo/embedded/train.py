@@ -109,7 +109,7 @@ class Run:
         self.config = config
         torch.manual_seed(config.seed)
         self.model: Any = embedded.new_model()
-        self.heads = Heads(self.model.config.vision_config.hidden_size)
+        self.heads = Heads(embedded.vision_config().hidden_size)
         self.draft: Any = embedded.new_draft()
         self.tokenizer = embedded.tokenizer()
         tower = [*self.model.model.vision_tower.parameters(), *self.heads.parameters()]
