@@ -239,33 +239,32 @@ def tiles(
     """Coverage [M, 32, 32, 1] and ink [M, 1, 1, 3] of M objects around ``centre`` [M, 2], slightly turned, sheared and
     scaled."""
     total = len(sprite)
-    angle = rng.uniform(-0.2, 0.2, total)
-    shear = rng.uniform(-0.12, 0.12, total)
-    scale = rng.uniform(0.85, 1.03, total)
-    gain = rng.uniform(1.2, 1.7, (total, 1))
+    angle, shear, scale, gain = (
+        rng.uniform(*limits, (total, 1, 1)).astype(np.float32)
+        for limits in ((-0.2, 0.2), (-0.12, 0.12), (0.85, 1.03), (1.2, 1.7))
+    )
     palette = np.array([COLOURS[name] for name in COLOUR_NAMES], np.float32)
     ink = palette[colour] * rng.uniform(0.85, 1.0, (total, 1)) + rng.uniform(-12, 12, (total, 3))
 
-    middle = centre - 0.5
+    middle = (centre - 0.5).astype(np.float32)[..., None, None]
     pixel = np.arange(SLOT, dtype=np.float32)
-    dy = (pixel[None, :, None] - middle[:, 0, None, None]) / scale[:, None, None]
-    dx = (pixel[None, None, :] - middle[:, 1, None, None]) / scale[:, None, None]
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    v = cos * dy + sin * dx
-    u = cos * dx - sin * dy + shear[:, None, None] * v
-    alpha = np.clip(_sample(sprite, v, u).reshape(total, -1) * gain, 0, 1)
-    return alpha.astype(np.float32).reshape(total, SLOT, SLOT, 1), ink.astype(np.float32)[:, None, None]
+    dy = (pixel[:, None] - middle[:, 0]) / scale
+    dx = (pixel - middle[:, 1]) / scale
+    v = np.cos(angle) * dy + np.sin(angle) * dx
+    u = np.cos(angle) * dx - np.sin(angle) * dy + shear * v
+    alpha = np.clip(_sample(sprite, v, u) * gain, 0, 1)
+    return alpha[..., None], ink.astype(np.float32)[:, None, None]
 
 
-def _sample(sprite: NDArray[np.int64], v: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float32]:
+def _sample(sprite: NDArray[np.int64], v: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]:
     """The sprites' values at (v, u) from their centres, bilinear; their zero border serves everything outside."""
     atlas = _atlas()[0]
     middle, last = (_SPRITE - 1) / 2, _SPRITE - 1.001
-    down, right = (np.clip(axis + middle, 0, last).astype(np.float32) for axis in (v, u))
+    down, right = (np.clip(axis + np.float32(middle), 0, np.float32(last)) for axis in (v, u))
     top, left = down.astype(np.int32), right.astype(np.int32)
     down, right = down - top, right - left
     flat = atlas.reshape(-1)
-    at = sprite[:, None, None] * _SPRITE**2 + top * _SPRITE + left
+    at = sprite.astype(np.int32)[:, None, None] * _SPRITE**2 + top * _SPRITE + left
     upper = flat[at] * (1 - right) + flat[at + 1] * right
     lower = flat[at + _SPRITE] * (1 - right) + flat[at + _SPRITE + 1] * right
     return upper * (1 - down) + lower * down

@@ -65,7 +65,7 @@ class Config:
     learning_rate: float = 1.5e-3
     tower_scale: float = 0.3  # of the learning rate, for the tower in the second stage
     warmup: int = 100
-    decay: float = 0.3  # the part of the video and of the draft stage in which the learning rate falls to zero
+    fall: int = 1000  # steps in which the learning rate falls to zero
     probe_every: int = 250
     save_seconds: float = 60.0
 
@@ -86,11 +86,12 @@ class Config:
             step -= length
         raise IndexError("the run is over")
 
-    def rate(self, stage: str, step: int) -> float:
-        """The learning rate: a linear warm-up, a plateau, and for the finished models a linear fall."""
-        length = self.stages[stage]
-        fall = (length - step) / (length * self.decay) if stage in ("video", "draft") else 1.0
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, fall)
+    def rate(self, step: int) -> float:
+        """The learning rate: a linear warm-up in every stage, and a linear fall at the end of each model."""
+        _, number = self.stage_of(step)
+        total = sum(self.stages.values())
+        end = total if step >= total - self.draft_steps else total - self.draft_steps
+        return self.learning_rate * min(1.0, (number + 1) / self.warmup, (end - step) / self.fall)
 
 
 class Heads(nn.Module):
@@ -109,6 +110,8 @@ class Run:
         self.config = config
         torch.manual_seed(config.seed)
         self.model: Any = embedded.new_model()
+        with torch.no_grad():
+            self.model.model.vision_tower.embeddings.position_embedding.weight[1:] = waves()
         self.heads = Heads(embedded.vision_config().hidden_size)
         self.draft: Any = embedded.new_draft()
         self.tokenizer = embedded.tokenizer()
@@ -133,8 +136,8 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One step; returns its losses."""
-        stage, number = self.config.stage_of(self.step)
-        rate = self.config.rate(stage, number)
+        stage, _ = self.config.stage_of(self.step)
+        rate = self.config.rate(self.step)
         scales = {"see": (1, 1, 0), "draft": (0, 0, 1)}.get(stage, (self.config.tower_scale, 1, 0))
         for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
             group["lr"] = rate * scale
@@ -296,6 +299,15 @@ class Rows:
         right = torch.ones_like(self.targets, dtype=torch.bool)
         right[wanted] = logits.argmax(-1) == self.targets[wanted]
         return right.all(1).tolist()
+
+
+def waves() -> Tensor:
+    """Sines and cosines of each patch's row and column [256, 128]: neighbours are alike from the first step on."""
+    frequencies = torch.logspace(0.2, -1.0, embedded.vision_config().hidden_size // 4)
+    angles = torch.arange(scenes.GRID)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], -1)
+    rows, columns = axis.repeat_interleave(scenes.GRID, 0), axis.repeat(scenes.GRID, 1)
+    return 0.4 * torch.cat([rows, columns], -1)
 
 
 def opening(embed: Any, tokens: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
