@@ -124,12 +124,12 @@ def test_one_pass_for_many_questions_is_the_model_as_everybody_calls_it(run, vid
         pixels, stories = videos.sample(generator(), 1)
         asked = videos.ask(stories)
         picture = [[Image.fromarray(frame) for frame in pixels[0]]]
-        tokens = run.look(pixels[0])[1][None]
+        tokens = run.tokens(run.features(pixels[0]))[None]
         places = torch.arange(256).expand(1, videos.FRAMES, -1)
     else:
         batch = scenes.sample(generator(), 1)
         asked = questions.ask(generator(), batch, train.TASKS)
-        picture, tokens, places = [Image.fromarray(batch.pixels[0])], run.look(batch.pixels)[1], None
+        picture, tokens, places = [Image.fromarray(batch.pixels[0])], run.tokens(run.features(batch.pixels)), None
     rows = train.Rows.encode(run.tokenizer, asked)
     logits = run.answer_logits(run.model.model.language_model, tokens, rows, places)
     start = 0

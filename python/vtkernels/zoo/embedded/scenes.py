@@ -80,14 +80,14 @@ def sample(rng: np.random.Generator, count: int, *, held_out: bool = False, crow
 
     Args:
         held_out: draw the digits from the glyphs that training never sees.
-        crowded: 8 to 36 objects of any kind and colour, every other batch off the slots' places: for training the
+        crowded: 6 to 36 objects of any kind and colour, every other batch off the slots' places: for training the
             vision tower, which learns from each object.
     """
     slots = SLOTS * SLOTS
     offset = (0, 0)
     order = rng.random((count, slots)).argsort(1)
     if crowded:
-        objects = rng.integers(8, slots + 1, (count, 1))
+        objects = rng.integers(6, slots + 1, (count, 1))
         present = order < objects
         digit = present & (rng.random((count, slots)) < 0.6)
         colour = rng.integers(0, len(COLOURS), (count, slots))

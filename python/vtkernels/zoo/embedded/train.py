@@ -5,11 +5,12 @@ Three stages, one after the other:
 see     The vision tower and the projector, on crowded scenes. Every patch must say what it shows: its projected token
         must spell the words of its object (kind, colour, place) in the language model's own embedding table, and the
         [CLS] token must name the objects of the scene, which is why it attends to them.
-answer  Everything, on questions about ordinary scenes. One pass over the picture serves all questions about it. In
-        half of the steps the language model sees a random part of the tokens, each object's middle always among them:
-        what it answers then depends on which tokens are kept and not on their having been shifted.
-video   Half of the steps are the second stage's, half ask about videos, whose frames the tower, now at rest, sees as
-        pictures. The language model sees a random part of each frame, either moved together or at the places that
+answer  The language model and the projector, on questions about ordinary scenes, while some steps go on with the tower.
+        One pass over the picture serves all questions about it. In half of the steps the language model sees a random
+        part of the tokens, each object's middle always among them: what it answers then depends on which tokens are
+        kept and not on their having been shifted.
+video   Half of the steps are the second stage's, half ask about videos, whose frames the tower sees as pictures. The
+        language model sees a random part of each frame, either moved together or at the places that
         the tokens have among all 2048, so that it knows both.
 draft   The one-layer draft model, on the same questions, towards the distribution of the trained model.
 
@@ -41,6 +42,7 @@ from vtkernels.zoo.embedded.scenes import COLOUR_NAMES, COLUMNS, KINDS, NOTHING,
 
 TASKS = ("digit",) * 3 + ("count",) * 3 + ("where",) * 2 + ("compare",) * 2 + ("beside",) * 2
 VIDEO_TASKS = videos.TASKS * 2
+NEIGHBOURS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 IGNORED = -100  # cross_entropy's own
 PROMPT = (embedded.BOS, *map(embedded.VOCABULARY.index, ("user", ":")))
 FRAME_WORDS = [list(map(embedded.VOCABULARY.index, ("frame", str(1 + frame)))) for frame in range(videos.FRAMES)]
@@ -63,7 +65,8 @@ class Config:
     draft_steps: int = 1000
     batch: int = 8
     learning_rate: float = 1.5e-3
-    tower_scale: float = 0.3  # of the learning rate, for the tower in the second stage
+    see_share: float = 0.4  # of the steps of the second stage that go on training the tower
+    tower_scale: float = 0.5  # of the learning rate, for the tower in the second stage
     warmup: int = 100
     fall: int = 1000  # steps in which the learning rate falls to zero
     probe_every: int = 250
@@ -110,8 +113,7 @@ class Run:
         self.config = config
         torch.manual_seed(config.seed)
         self.model: Any = embedded.new_model()
-        with torch.no_grad():
-            self.model.model.vision_tower.embeddings.position_embedding.weight[1:] = waves()
+        start_local(self.model.model.vision_tower)
         self.heads = Heads(embedded.vision_config().hidden_size)
         self.draft: Any = embedded.new_draft()
         self.tokenizer = embedded.tokenizer()
@@ -153,16 +155,22 @@ class Run:
 
     def _see(self, rng: np.random.Generator) -> dict[str, Tensor]:
         batch = scenes.sample(rng, self.config.batch, crowded=True)
-        return self._patch_losses(*self.look(batch.pixels), batch)
+        features = self.features(batch.pixels)
+        return self._patch_losses(features, self.tokens(features), batch)
 
     def _answer(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        if rng.random() < self.config.see_share:
+            return self._see(rng)
         batch = scenes.sample(rng, self.config.batch)
-        features, tokens = self.look(batch.pixels)
+        with torch.no_grad():
+            features = self.features(batch.pixels)
+        tokens = self.tokens(features)
         kept = keep_some(rng, scenes.patch_labels(batch))
-        tokens_kept = tokens if kept is None else tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-        losses = self._patch_losses(features, tokens, batch)
+        if kept is not None:
+            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
+        losses = {}
         for name, rows in self.rows(rng, batch).items():
-            logits = self.answer_logits(self.model.model.language_model, tokens_kept, rows)
+            logits = self.answer_logits(self.model.model.language_model, tokens, rows)
             losses[name] = F.cross_entropy(logits, rows.targets[rows.targets != IGNORED])
         return losses
 
@@ -171,7 +179,8 @@ class Run:
             return self._answer(rng)
         pixels, stories = videos.sample(rng, self.config.batch // 2)
         with torch.no_grad():
-            features, tokens = self.look(pixels.reshape(-1, *pixels.shape[2:]))
+            features = self.features(pixels.reshape(-1, *pixels.shape[2:]))
+            tokens = self.tokens(features)
             chance = (
                 torch.from_numpy(rng.random(tokens.shape[:2])) + self.heads.patch(features[:, 1:])[..., 1].sigmoid()
             )
@@ -188,17 +197,20 @@ class Run:
         batch = scenes.sample(rng, self.config.batch)
         losses = {}
         with torch.no_grad():
-            tokens = self.look(batch.pixels)[1]
+            tokens = self.tokens(self.features(batch.pixels))
         for name, rows in self.rows(rng, batch).items():
             with torch.no_grad():
                 wanted = self.answer_logits(self.model.model.language_model, tokens, rows).softmax(-1)
             losses[f"draft {name}"] = F.cross_entropy(self.answer_logits(self.draft.model, tokens, rows), wanted)
         return losses
 
-    def look(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The tower's features with [CLS] [B, 257, C] and the projected tokens of the patches [B, 256, C]."""
-        features = self.model.model.vision_tower(normalised(pixels)).last_hidden_state
-        return features, self.model.model.multi_modal_projector(features[:, 1:])
+    def features(self, pixels: np.ndarray) -> Tensor:
+        """What the tower makes of pictures uint8 [B, 192, 192, 3]: [B, 257, C], [CLS] first."""
+        return self.model.model.vision_tower(normalised(pixels)).last_hidden_state
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """The patches' projected tokens [B, 256, C]."""
+        return self.model.model.multi_modal_projector(features[:, 1:])
 
     def word_logits(self, tokens: Tensor) -> Tensor:
         """How much a projected token resembles each word of the language model's table."""
@@ -247,7 +259,7 @@ class Run:
         stage, _ = self.config.stage_of(self.step - 1)
         rng = np.random.default_rng([self.config.seed, 2])
         batch = scenes.sample(rng, 24, held_out=True, crowded=stage == "see")
-        _, tokens = self.look(batch.pixels)
+        tokens = self.tokens(self.features(batch.pixels))
         if stage == "see":
             return self._probe_patches(tokens, scenes.patch_labels(batch))
         language = self.draft.model if stage == "draft" else self.model.model.language_model
@@ -255,8 +267,8 @@ class Run:
         asked = [(tokens, rows) for rows in self.rows(rng, batch).values()]
         if stage == "video":
             pixels, stories = videos.sample(rng, 8, held_out=True)
-            frames = self.look(pixels.reshape(-1, *pixels.shape[2:]))[1].unflatten(0, (-1, videos.FRAMES))
-            asked.append((frames, Rows.encode(self.tokenizer, videos.ask(stories))))
+            frames = self.tokens(self.features(pixels.reshape(-1, *pixels.shape[2:])))
+            asked.append((frames.unflatten(0, (-1, videos.FRAMES)), Rows.encode(self.tokenizer, videos.ask(stories))))
         for tokens, rows in asked:
             for task, exact in zip(rows.tasks, rows.exact(self.answer_logits(language, tokens, rows)), strict=True):
                 right.setdefault(task, []).append(exact)
@@ -301,13 +313,44 @@ class Rows:
         return right.all(1).tolist()
 
 
-def waves() -> Tensor:
-    """Sines and cosines of each patch's row and column [256, 128]: neighbours are alike from the first step on."""
-    frequencies = torch.logspace(0.2, -1.0, embedded.vision_config().hidden_size // 4)
+@torch.no_grad()
+def start_local(tower: Any) -> None:
+    """Starts the tower as something like a convolution, which an untrained transformer takes long to discover.
+
+    Half of the channels begin as waves of the patch's row and column, the other half as its pixels. In the first two
+    layers each head's key is those waves and its query the same waves shifted by one patch: it looks at the left,
+    right, upper or lower neighbour. All of it is free to change.
+    """
+    half = tower.config.hidden_size // 2
+    frequencies = torch.linspace(0.3, 1.5, half // 4)
     angles = torch.arange(scenes.GRID)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], -1)
-    rows, columns = axis.repeat_interleave(scenes.GRID, 0), axis.repeat(scenes.GRID, 1)
-    return 0.4 * torch.cat([rows, columns], -1)
+    embeddings = tower.embeddings
+    embeddings.position_embedding.weight[1:, half:] = 0
+    embeddings.position_embedding.weight[1:, :half] = 0.4 * torch.cat(
+        [axis.repeat_interleave(scenes.GRID, 0), axis.repeat(scenes.GRID, 1)], -1
+    )
+    embeddings.patch_embedding.weight[:half] = 0
+    for layer in tower.encoder.layers[:2]:
+        attention = layer.self_attn
+        size = attention.q_proj.weight.shape[0] // len(NEIGHBOURS)
+        for head, shift in enumerate(NEIGHBOURS):
+            # A head has room for every other frequency.
+            key, query = (wave_projection(frequencies[head % 2 :: 2], s) for s in ((0, 0), shift))
+            keep = torch.arange(half).view(4, -1)[:, head % 2 :: 2].flatten()
+            for projection, weight in ((attention.k_proj, key), (attention.q_proj, query)):
+                block = projection.weight[head * size : (head + 1) * size]
+                block.zero_()
+                block[:, keep] = 1.7 * weight
+
+
+def wave_projection(frequencies: Tensor, shift: tuple[int, int]) -> Tensor:
+    """Turns the waves at a place into those at the place ``shift`` (rows, columns) further: [32, 32]."""
+    blocks = []
+    for amount in shift:
+        cos, sin = (frequencies * amount).cos().diag(), (frequencies * amount).sin().diag()
+        blocks.append(torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)]))
+    return torch.block_diag(*blocks)
 
 
 def opening(embed: Any, tokens: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -409,7 +452,7 @@ class Means:
         self.losses.append(losses)
 
     def take(self) -> dict[str, float]:
-        names = self.losses[-1]
+        names = dict.fromkeys(name for row in self.losses for name in row)
         taken = {name: round(float(np.mean([row[name] for row in self.losses if name in row])), 4) for name in names}
         self.losses = []
         return taken
