@@ -59,13 +59,13 @@ class Config:
     """The committed run's settings."""
 
     seed: int = 0
-    see_steps: int = 3000
+    see_steps: int = 1500
     answer_steps: int = 6000
     video_steps: int = 2000
     draft_steps: int = 1000
     batch: int = 8
     learning_rate: float = 1.5e-3
-    see_share: float = 0.4  # of the steps of the second stage that go on training the tower
+    see_share: float = 0.5  # of the steps of the second stage that go on training the tower
     tower_scale: float = 0.5  # of the learning rate, for the tower in the second stage
     warmup: int = 100
     fall: int = 1000  # steps in which the learning rate falls to zero
@@ -255,33 +255,36 @@ class Run:
 
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
-        """Accuracies on held-out scenes with held-out glyphs."""
+        """Accuracies on held-out scenes with held-out glyphs: of the patches in the middles of objects, and by task."""
         stage, _ = self.config.stage_of(self.step - 1)
         rng = np.random.default_rng([self.config.seed, 2])
-        batch = scenes.sample(rng, 24, held_out=True, crowded=stage == "see")
-        tokens = self.tokens(self.features(batch.pixels))
+        patches = self._probe_patches(scenes.sample(rng, 24, held_out=True, crowded=True))
         if stage == "see":
-            return self._probe_patches(tokens, scenes.patch_labels(batch))
-        language = self.draft.model if stage == "draft" else self.model.model.language_model
-        right: dict[str, list[bool]] = {}
+            return patches
+        batch = scenes.sample(rng, 24, held_out=True)
+        tokens = self.tokens(self.features(batch.pixels))
         asked = [(tokens, rows) for rows in self.rows(rng, batch).values()]
         if stage == "video":
             pixels, stories = videos.sample(rng, 8, held_out=True)
             frames = self.tokens(self.features(pixels.reshape(-1, *pixels.shape[2:])))
             asked.append((frames.unflatten(0, (-1, videos.FRAMES)), Rows.encode(self.tokenizer, videos.ask(stories))))
+        language = self.draft.model if stage == "draft" else self.model.model.language_model
+        right: dict[str, list[bool]] = {}
         for tokens, rows in asked:
             for task, exact in zip(rows.tasks, rows.exact(self.answer_logits(language, tokens, rows)), strict=True):
                 right.setdefault(task, []).append(exact)
-        return {task: float(np.mean(exact)) for task, exact in right.items()}
+        return patches | {task: float(np.mean(exact)) for task, exact in right.items()}
 
-    def _probe_patches(self, tokens: Tensor, labels: PatchLabels) -> dict[str, float]:
-        words = self.word_logits(tokens)[torch.from_numpy(labels.anchor)]
+    def _probe_patches(self, batch: Scenes) -> dict[str, float]:
+        labels = scenes.patch_labels(batch)
+        words = self.word_logits(self.tokens(self.features(batch.pixels)))[torch.from_numpy(labels.anchor)]
         kind, colour = (
             words[:, WORD_GROUPS[name]].argmax(-1).numpy() == getattr(labels, name)[labels.anchor]
             for name in ("kind", "colour")
         )
-        is_digit = labels.kind[labels.anchor] < 10
-        return {"digit": kind[is_digit].mean(), "shape": kind[~is_digit].mean(), "colour": colour.mean()}
+        digit = labels.kind[labels.anchor] < 10
+        right = {"digit": kind[digit], "shape": kind[~digit], "colour": colour}
+        return {f"patch {name}": float(exact.mean()) for name, exact in right.items()}
 
 
 @dataclass(frozen=True)
