@@ -131,7 +131,8 @@ def test_one_pass_for_many_questions_is_the_model_as_everybody_calls_it(run, vid
         asked = questions.ask(generator(), batch, train.TASKS)
         picture, tokens, places = [Image.fromarray(batch.pixels[0])], run.tokens(run.features(batch.pixels)), None
     rows = train.Rows.encode(run.tokenizer, asked)
-    logits = run.answer_logits(run.model.model.language_model, tokens, rows, places)
+    language = run.model.model.language_model
+    logits = run.answer_logits(language, run.read(language, tokens, places), rows)
     start = 0
     for question in asked:
         answer = run.tokenizer(question.answer, add_special_tokens=False, return_tensors="pt").input_ids

@@ -60,13 +60,13 @@ class Config:
 
     seed: int = 0
     see_steps: int = 1500
-    answer_steps: int = 6000
+    answer_steps: int = 8000
     video_steps: int = 2000
     draft_steps: int = 1000
     batch: int = 8
     learning_rate: float = 1.5e-3
     see_share: float = 0.5  # of the steps of the second stage that go on training the tower
-    tower_scale: float = 0.5  # of the learning rate, for the tower in the second stage
+    tower_scale: float = 1.0  # of the learning rate, for the tower in the second stage
     warmup: int = 100
     fall: int = 1000  # steps in which the learning rate falls to zero
     probe_every: int = 250
@@ -168,9 +168,10 @@ class Run:
         kept = keep_some(rng, scenes.patch_labels(batch))
         if kept is not None:
             tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-        losses = {}
+        losses, language = {}, self.model.model.language_model
+        seen = self.read(language, tokens)
         for name, rows in self.rows(rng, batch).items():
-            logits = self.answer_logits(self.model.model.language_model, tokens, rows)
+            logits = self.answer_logits(language, seen, rows)
             losses[name] = F.cross_entropy(logits, rows.targets[rows.targets != IGNORED])
         return losses
 
@@ -190,18 +191,21 @@ class Run:
         tokens = tokens.unflatten(0, (-1, videos.FRAMES))
         places = kept.view(len(stories), videos.FRAMES, keep) if rng.random() < 0.5 else None
         rows = Rows.encode(self.tokenizer, videos.ask(stories, VIDEO_TASKS))
-        logits = self.answer_logits(self.model.model.language_model, tokens, rows, places)
+        language = self.model.model.language_model
+        logits = self.answer_logits(language, self.read(language, tokens, places), rows)
         return {"video": F.cross_entropy(logits, rows.targets[rows.targets != IGNORED])}
 
     def _draft(self, rng: np.random.Generator) -> dict[str, Tensor]:
         batch = scenes.sample(rng, self.config.batch)
-        losses = {}
+        losses, teacher, pupil = {}, self.model.model.language_model, self.draft.model
         with torch.no_grad():
             tokens = self.tokens(self.features(batch.pixels))
+            seen_by_teacher = self.read(teacher, tokens)
+        seen_by_pupil = self.read(pupil, tokens)
         for name, rows in self.rows(rng, batch).items():
             with torch.no_grad():
-                wanted = self.answer_logits(self.model.model.language_model, tokens, rows).softmax(-1)
-            losses[f"draft {name}"] = F.cross_entropy(self.answer_logits(self.draft.model, tokens, rows), wanted)
+                wanted = self.answer_logits(teacher, seen_by_teacher, rows).softmax(-1)
+            losses[f"draft {name}"] = F.cross_entropy(self.answer_logits(pupil, seen_by_pupil, rows), wanted)
         return losses
 
     def features(self, pixels: np.ndarray) -> Tensor:
@@ -235,21 +239,22 @@ class Run:
         blocks = {"answer": TASKS, "describe": ("describe",)}
         return {name: Rows.encode(self.tokenizer, questions.ask(rng, batch, t)) for name, t in blocks.items()}
 
-    def answer_logits(self, language: Any, tokens: Tensor, rows: Rows, places: Tensor | None = None) -> Tensor:
-        """The logits [answer tokens, V] of every row, after one pass over the visual tokens of its picture or video.
+    def read(self, language: Any, tokens: Tensor, places: Tensor | None = None) -> Seen:
+        """One pass over visual tokens [B, n, C] of pictures or [B, frames, n, C] of videos.
 
-        ``tokens`` [B, n, C] of pictures or [B, frames, n, C] of videos; ``places`` [B, frames, n] gives each token the
-        position that it has when all 256 of a frame are there, None moves them together.
+        ``places`` [B, frames, n] gives each token the position that it has when all 256 of a frame are there; None
+        moves them together.
         """
         prompt, positions = opening(language.embed_tokens, tokens, places)
-        seen = language(inputs_embeds=prompt, position_ids=positions, use_cache=True).past_key_values
-        repeat = len(rows.ids) // len(tokens)
-        cache = DynamicCache(
-            [tuple(t.repeat_interleave(repeat, 0) for t in (layer.keys, layer.values)) for layer in seen.layers]
-        )
-        after = None
-        if positions is not None:
-            after = positions[:, -1:].repeat_interleave(repeat, 0) + 1 + torch.arange(rows.ids.shape[1])
+        cache = language(inputs_embeds=prompt, position_ids=positions, use_cache=True).past_key_values
+        last = torch.full((len(tokens), 1), prompt.shape[1] - 1) if positions is None else positions[:, -1:]
+        return Seen([(layer.keys, layer.values) for layer in cache.layers], last)
+
+    def answer_logits(self, language: Any, seen: Seen, rows: Rows) -> Tensor:
+        """The logits [answer tokens, V] of every row, after what was seen of its picture or video."""
+        repeat = len(rows.ids) // len(seen.last)
+        cache = DynamicCache([tuple(t.repeat_interleave(repeat, 0) for t in layer) for layer in seen.layers])
+        after = seen.last.repeat_interleave(repeat, 0) + 1 + torch.arange(rows.ids.shape[1])
         hidden = language(input_ids=rows.ids, position_ids=after, past_key_values=cache, use_cache=True)
         return hidden.last_hidden_state[rows.targets != IGNORED] @ language.embed_tokens.weight.T
 
@@ -263,15 +268,17 @@ class Run:
             return patches
         batch = scenes.sample(rng, 24, held_out=True)
         tokens = self.tokens(self.features(batch.pixels))
-        asked = [(tokens, rows) for rows in self.rows(rng, batch).values()]
+        language = self.draft.model if stage == "draft" else self.model.model.language_model
+        seen = self.read(language, tokens)
+        asked = [(seen, rows) for rows in self.rows(rng, batch).values()]
         if stage == "video":
             pixels, stories = videos.sample(rng, 8, held_out=True)
             frames = self.tokens(self.features(pixels.reshape(-1, *pixels.shape[2:])))
-            asked.append((frames.unflatten(0, (-1, videos.FRAMES)), Rows.encode(self.tokenizer, videos.ask(stories))))
-        language = self.draft.model if stage == "draft" else self.model.model.language_model
+            seen = self.read(language, frames.unflatten(0, (-1, videos.FRAMES)))
+            asked.append((seen, Rows.encode(self.tokenizer, videos.ask(stories))))
         right: dict[str, list[bool]] = {}
-        for tokens, rows in asked:
-            for task, exact in zip(rows.tasks, rows.exact(self.answer_logits(language, tokens, rows)), strict=True):
+        for seen, rows in asked:
+            for task, exact in zip(rows.tasks, rows.exact(self.answer_logits(language, seen, rows)), strict=True):
                 right.setdefault(task, []).append(exact)
         return patches | {task: float(np.mean(exact)) for task, exact in right.items()}
 
@@ -285,6 +292,14 @@ class Run:
         digit = labels.kind[labels.anchor] < 10
         right = {"digit": kind[digit], "shape": kind[~digit], "colour": colour}
         return {f"patch {name}": float(exact.mean()) for name, exact in right.items()}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A prompt up to the question: each layer's keys and values [B, heads, n, D], and the last position [B, 1]."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    last: Tensor
 
 
 @dataclass(frozen=True)
