@@ -87,9 +87,9 @@ def sample(rng: np.random.Generator, count: int, *, held_out: bool = False, crow
     offset = (0, 0)
     order = rng.random((count, slots)).argsort(1)
     if crowded:
-        objects = rng.integers(6, slots + 1, (count, 1))
+        objects = rng.integers(6, slots + 1, (2, count, 1)).max(0)
         present = order < objects
-        digit = present & (rng.random((count, slots)) < 0.6)
+        digit = present & (rng.random((count, slots)) < 0.8)
         colour = rng.integers(0, len(COLOURS), (count, slots))
         if rng.random() < 0.5:
             offset = (int(rng.integers(1, SLOT)), int(rng.integers(1, SLOT)))

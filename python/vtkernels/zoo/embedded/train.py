@@ -65,7 +65,7 @@ class Config:
     draft_steps: int = 1000
     batch: int = 8
     learning_rate: float = 1.5e-3
-    see_share: float = 0.5  # of the steps of the second stage that go on training the tower
+    see_share: float = 0.6  # of the steps of the second stage that go on training the tower
     tower_scale: float = 1.0  # of the learning rate, for the tower in the second stage
     warmup: int = 100
     fall: int = 1000  # steps in which the learning rate falls to zero
