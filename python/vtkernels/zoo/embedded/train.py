@@ -60,9 +60,9 @@ class Config:
 
     seed: int = 0
     see_steps: int = 1500
-    answer_steps: int = 8000
-    video_steps: int = 2000
-    draft_steps: int = 1000
+    answer_steps: int = 6000
+    video_steps: int = 2500
+    draft_steps: int = 600
     batch: int = 8
     learning_rate: float = 1.5e-3
     see_share: float = 0.4  # of the steps of the second stage that go on training the tower
