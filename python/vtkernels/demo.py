@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -231,7 +232,9 @@ def timing_table(results: dict[str, Measured], model: Any) -> Table:
     device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     attention = model.config.text_config._attn_implementation
-    table = Table(title=f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}"
+    )
     for heading in ("method", "tokens", "prefill ms", "vision", "decode ms", "KV MiB", "prefill", "decode"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     base = results["all tokens"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 BASELINES = ("random", "uniform")
@@ -67,7 +68,7 @@ def cost_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def _table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title)
+    table = Table(box=box.SIMPLE_HEAD, title=title)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for line in lines:

@@ -98,7 +98,11 @@ class Config:
 
 
 class Heads(nn.Module):
-    """What only training needs: is this patch part of an object, its middle; which coloured kinds are in the scene."""
+    """What only training needs.
+
+    Is a token's patch part of an object, and its middle, without which nobody could count; which coloured kinds are in
+    the scene.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -228,7 +232,7 @@ class Run:
             target = torch.from_numpy(getattr(labels, name)).flatten()
             losses[name] = F.cross_entropy(words[..., ids].flatten(0, 1), target, ignore_index=NOTHING)
         marks = torch.from_numpy(np.stack([labels.kind != NOTHING, labels.anchor], -1)).float()
-        losses["marks"] = F.binary_cross_entropy_with_logits(self.heads.patch(features[:, 1:]), marks)
+        losses["marks"] = F.binary_cross_entropy_with_logits(self.heads.patch(tokens), marks)
         summary = self.model.model.vision_tower.post_layernorm(features[:, 0])
         named = self.heads.scene(summary)
         losses["scene"] = F.binary_cross_entropy_with_logits(named, objects_named(batch))
