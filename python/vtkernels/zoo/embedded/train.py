@@ -184,11 +184,9 @@ class Run:
             return self._answer(rng)
         pixels, stories = videos.sample(rng, self.config.batch // 2)
         with torch.no_grad():
-            features = self.features(pixels.reshape(-1, *pixels.shape[2:]))
-            tokens = self.tokens(features)
-            chance = (
-                torch.from_numpy(rng.random(tokens.shape[:2])) + self.heads.patch(features[:, 1:])[..., 1].sigmoid()
-            )
+            tokens = self.tokens(self.features(pixels.reshape(-1, *pixels.shape[2:])))
+            middles = self.heads.patch(tokens)[..., 1].sigmoid()
+            chance = torch.from_numpy(rng.random(tokens.shape[:2])) + middles
         keep = int(rng.choice((24, 48)))
         kept = chance.topk(keep).indices.sort(1).values
         tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
