@@ -6,10 +6,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc cmake tests/simt -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake tests/simt tests/native -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-simt bench lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/vtk demo
@@ -17,6 +17,10 @@ demo: $(VENV)/.built
 # NOTE: two workers with two threads each on two cores run many times slower than with one thread each.
 test: $(VENV)/.built lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Each test of the emulation under five schedules instead of one.
+test-simt: $(VENV)/.built
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m simt --simt-seeds 5
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench

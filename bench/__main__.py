@@ -31,12 +31,13 @@ def _show(results: list[harness.Result]) -> None:
         rows = [r for r in results if r.op == op]
         peers = list(dict.fromkeys(p for r in rows for p in r.peers))
         table = Table(title=f"{op}: milliseconds, (ratio to ours)")
-        for heading in ("case", "ours", *peers, "GB/s", "of copy", "GFLOP/s"):
+        for heading in ("case", "ours", *peers, "of floor", "GB/s", "of copy", "GFLOP/s"):
             table.add_column(heading, justify="left" if heading == "case" else "right")
         for r in rows:
             # Bytes that stay in cache can move faster than a copy of main memory: above 100 % is not an error.
             spread = f"{r.ours.median:.3f} [{r.ours.fastest:.3f}-{r.ours.slowest:.3f}]"
             rates = (
+                f"{r.floor_fraction:.0%}",
                 f"{r.gigabytes_per_second:.1f}",
                 f"{r.bandwidth_fraction:.0%}",
                 f"{r.gigaflops:.0f}" if r.gigaflops else "",
@@ -59,17 +60,19 @@ def main(
     place = torch.device(device)
     environment = harness.environment(place)
     console.print(environment)
-    stream = harness.run(family or harness.families(), place, rounds, only)
-    bandwidth = next(stream)
-    console.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + written)")
+    ceilings = harness.measure_ceilings(place)
+    console.print(
+        f"copy {ceilings.copy_bandwidth / 1e9:.1f} GB/s (read + written), "
+        f"matrix product {ceilings.matmul_rate / 1e9:.0f} GFLOP/s"
+    )
     results: list[harness.Result] = []
-    for result in stream:
+    for result in harness.run(family or harness.families(), place, ceilings, rounds, only):
         console.print(f"  {result.op} {result.name}: {result.ours.median:.3f} ms")
         results.append(result)
     _show(results)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"environment": environment, "copy_bandwidth": bandwidth, "results": [asdict(r) for r in results]}
+        record = {"environment": environment, **asdict(ceilings), "results": [asdict(r) for r in results]}
         out.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"wrote {out}")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 import vtkernels
+from bench.checkout import commit
 from vtkernels.testing.timer import Timing, compare_times
 
 
@@ -52,15 +52,31 @@ class Result:
     gigaflops: float
     bandwidth_fraction: float
     target: dict[str, float]
+    floor: float  # milliseconds: no version runs faster
+    floor_fraction: float  # floor over ours
 
     def ratio(self, peer: str) -> float | None:
         timing = self.peers[peer]
         return timing.median / self.ours.median if isinstance(timing, Timing) else None
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches, measured in the run: the figures behind every floor."""
+
+    copy_bandwidth: float  # bytes per second, read plus written, of a large copy
+    matmul_rate: float  # operations per second of a large matrix product of random numbers
+    launch: float = 0.0  # seconds of the smallest kernel, timed as everything else is
+
+    def floor(self, case: Case) -> float:
+        """Seconds: the bytes, the operations or the launch."""
+        return max(case.bytes / self.copy_bandwidth, case.flops / self.matmul_rate, self.launch)
+
+
 def families() -> list[str]:
     folder = Path(__file__).parent
-    modules = [m.name for m in pkgutil.iter_modules([str(folder)])]
+    found = pkgutil.iter_modules([str(folder)])
+    modules = [m.name for m in found if not m.ispkg and m.name != "__main__"]  # whose packages a GPU machine lacks
     return [m for m in modules if hasattr(importlib.import_module(f"bench.{m}"), "OPS")]
 
 
@@ -68,12 +84,39 @@ def benchmarked_ops() -> set[str]:
     return {op for family in families() for op in importlib.import_module(f"bench.{family}").OPS}
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second (read plus written) of a large copy into memory that is already mapped."""
-    source = torch.randn(64 << 20, device=device)
+def copy_bandwidth(device: torch.device, elements: int, rounds: int) -> float:
+    """Bytes per second (read plus written) of a copy into memory that is already mapped."""
+    source = torch.randn(elements, device=device)
     target = torch.empty_like(source).copy_(source)
-    timing = compare_times({"copy": lambda: target.copy_(source)}, device, rounds=7)["copy"]
+    timing = compare_times({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
     return 2 * source.nbytes / (timing.median / 1e3)
+
+
+def matmul_rate(device: torch.device, size: int, rounds: int) -> float:
+    """Operations per second of a square matrix product of random numbers: bfloat16 on a GPU, float32 on a CPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = compare_times({"matmul": lambda: a @ b}, device, rounds)["matmul"]
+    return 2 * size**3 / (timing.median / 1e3)
+
+
+def launch_seconds(device: torch.device, rounds: int) -> float:
+    """The smallest kernel that torch has, timed as every op is; a CPU has no such floor."""
+    if device.type != "cuda":
+        return 0.0
+    value = torch.randn(1, device=device)
+    return compare_times({"launch": value.neg_}, device, rounds)["launch"].median / 1e3
+
+
+def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
+    """``quick``: figures of the right kind, in a moment; the copy stays in the caches."""
+    elements, size = (512 << 20, 8192) if device.type == "cuda" else (64 << 20, 1024)
+    rounds = 7
+    if quick:
+        elements, size, rounds = 1 << 20, 256, 1
+    return Ceilings(
+        copy_bandwidth(device, elements, rounds), matmul_rate(device, size, rounds), launch_seconds(device, rounds)
+    )
 
 
 def compiled(function: Callable[..., object], *args: object) -> Callable[[], Callable[[], object]]:
@@ -88,20 +131,40 @@ def compiled(function: Callable[..., object], *args: object) -> Callable[[], Cal
     return build
 
 
-def run_case(case: Case, device: torch.device, bandwidth: float, rounds: int) -> Result:
+def _build(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """The peer, called once. A peer that does not work on this machine is a row that says so, not the run's end."""
+    try:
+        call = build()
+        call()
+    except PeerMissing:
+        raise
+    except Exception as error:
+        raise PeerMissing(f"failed: {type(error).__name__}: {str(error).strip()[:200]}") from error
+    return call
+
+
+def _poison(call: Callable[[], object], device: torch.device) -> None:
+    """Leaves NaN in freed blocks of the outputs' sizes: an element that the next call does not write shows."""
+    sizes = [t.nbytes for t in torch.utils._pytree.tree_leaves(call()) if isinstance(t, torch.Tensor)]
+    for block in [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]:
+        block.fill_(0xFF)
+
+
+def run_case(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -> Result:
+    _poison(case.ours, device)
     expected = case.ours()
     calls: dict[str, Callable[[], object]] = {"ours": case.ours}
     missing: dict[str, str] = {}
     for name, build in case.peers.items():
         try:
-            calls[name] = build()
-            case.check(expected, calls[name]())
+            calls[name] = _build(build)
         except PeerMissing as reason:
             missing[name] = str(reason)
-            calls.pop(name, None)
+        else:
+            case.check(expected, calls[name]())
     del expected
     timings = compare_times(calls, device, rounds)
-    seconds = timings["ours"].median / 1e3
+    seconds, floor = timings["ours"].median / 1e3, ceilings.floor(case)
     return Result(
         case.op,
         case.name,
@@ -109,36 +172,38 @@ def run_case(case: Case, device: torch.device, bandwidth: float, rounds: int) ->
         {name: timings.get(name, missing.get(name, "not run")) for name in case.peers},
         case.bytes / seconds / 1e9,
         case.flops / seconds / 1e9,
-        case.bytes / seconds / bandwidth,
+        case.bytes / seconds / ceilings.copy_bandwidth,
         case.target,
+        floor * 1e3,
+        floor / seconds,
     )
 
 
-def run(families_to_run: list[str], device: torch.device, rounds: int, only: str = "") -> Iterator[Result | float]:
-    """Yields the measured bandwidth, then one result a case."""
-    bandwidth = copy_bandwidth(device)
-    yield bandwidth
+def cases(families_to_run: list[str], device: torch.device) -> Iterator[Case]:
     for family in families_to_run:
-        for case in importlib.import_module(f"bench.{family}").cases(device):
-            if only in f"{case.op} {case.name}":
-                yield run_case(case, device, bandwidth, rounds)
+        yield from importlib.import_module(f"bench.{family}").cases(device)
+
+
+def run(
+    families_to_run: list[str], device: torch.device, ceilings: Ceilings, rounds: int, only: str = ""
+) -> Iterator[Result]:
+    for case in cases(families_to_run, device):
+        if only in f"{case.op} {case.name}":
+            yield run_case(case, device, ceilings, rounds)
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    folder = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=False)
     return {
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": commit(),
         "vtkernels": vtkernels.__version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "instruction_set": vtkernels._library.cpu_isa(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

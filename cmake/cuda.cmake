@@ -12,3 +12,11 @@ endif()
 set(VTK_CUTLASS_INCLUDE "${cutlass_folder}/source/include")
 
 set(VTK_NVCC_FLAGS -lineinfo --expt-relaxed-constexpr -Xptxas=--warn-on-spills,-v)
+
+# vtk_keep_ptxas(TARGET sources...): the target's objects carry what ptxas said of their kernels (see keep_ptxas.py).
+function(vtk_keep_ptxas target)
+  set(script ${CMAKE_CURRENT_SOURCE_DIR}/cmake/keep_ptxas.py)
+  set(launcher ${Python_EXECUTABLE} ${script} ${CMAKE_OBJCOPY} ${CMAKE_CUDA_COMPILER_VERSION} ${CMAKE_CUDA_COMPILER_LAUNCHER})
+  set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
+  set_source_files_properties(${ARGN} PROPERTIES OBJECT_DEPENDS ${script})
+endfunction()

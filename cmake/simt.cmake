@@ -12,37 +12,49 @@ if(NOT VTK_SIMT_CUDA_INCLUDE)
 endif()
 
 set(simt_folder ${CMAKE_CURRENT_SOURCE_DIR}/tests/simt)
-set(simt_runtime runtime.cpp memory.cpp symbols.cpp)
+set(simt_runtime launch.cpp schedule.cpp rendezvous.cpp memory.cpp report.cpp symbols.cpp)
 list(TRANSFORM simt_runtime PREPEND ${simt_folder}/)
 set_source_files_properties(${simt_runtime} PROPERTIES COMPILE_OPTIONS -O2)
-# Copies, so that the same sources can be CUDA for one library and C++ for another.
-foreach(source ${cuda_sources})
-  set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/simt/${source}.cpp)
-  file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${CMAKE_CURRENT_SOURCE_DIR}/${source}\"\n")
-  list(APPEND simt_cuda_sources ${wrapper})
-endforeach()
-file(GLOB simt_faults CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}/faults/*.cu)
-foreach(source ${simt_faults})
-  get_filename_component(name ${source} NAME)
-  set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/simt/faults/${name}.cpp)
-  file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${source}\"\n")
-  list(APPEND simt_fault_sources ${wrapper})
-endforeach()
-
-# vtk_simt_library(TARGET "kernel sources" "other sources" "flags of kernels" "flags of everything"):
-function(vtk_simt_library target kernels others kernel_flags flags)
-  add_library(${target}_kernels OBJECT ${kernels})
-  add_library(${target} SHARED ${simt_runtime} ${others} $<TARGET_OBJECTS:${target}_kernels>)
-  foreach(each ${target} ${target}_kernels)
-    # NOTE: -fno-strict-aliasing: CuTe recasts registers, and gives wrong results on the host without it.
-    target_compile_options(${each} PRIVATE -O1 -g -fno-strict-aliasing ${flags})
-    target_compile_definitions(${each} PRIVATE VTK_BACKEND_CUDA VTK_BACKEND_SIMT)
-    set_target_properties(${each} PROPERTIES CXX_STANDARD 20)  # the emulated headers; kernels stay C++17 for nvcc
-    target_include_directories(${each} BEFORE PRIVATE ${simt_folder}/include)
-    target_include_directories(${each} SYSTEM PRIVATE
-      ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})
-    target_link_libraries(${each} PRIVATE vtk_flags)
+# simt_wrappers(OUT sources...): .cpp files that include them, so that the same sources can be CUDA for one library and
+# C++ for another.
+function(simt_wrappers out)
+  foreach(source ${ARGN})
+    file(RELATIVE_PATH name ${CMAKE_CURRENT_SOURCE_DIR} ${source})
+    set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/simt/${name}.cpp)
+    file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${source}\"\n")
+    list(APPEND wrappers ${wrapper})
   endforeach()
+  set(${out} ${wrappers} PARENT_SCOPE)
+endfunction()
+list(TRANSFORM cuda_sources PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/ OUTPUT_VARIABLE simt_op_kernels)
+simt_wrappers(simt_cuda_sources ${simt_op_kernels})
+file(GLOB simt_faults CONFIGURE_DEPENDS ${simt_folder}/*.cu ${simt_folder}/faults/*.cu)
+simt_wrappers(simt_fault_sources ${simt_faults})
+
+# vtk_simt_options(TARGET "flags"): what everything of an emulated library is compiled with.
+function(vtk_simt_options target flags)
+  # NOTE: -fno-strict-aliasing: CuTe recasts registers, and gives wrong results on the host without it.
+  target_compile_options(${target} PRIVATE -O1 -g -fno-strict-aliasing ${flags})
+  target_compile_definitions(${target} PRIVATE VTK_BACKEND_CUDA VTK_BACKEND_SIMT)
+  set_target_properties(${target} PROPERTIES CXX_STANDARD 20)  # the emulated headers; kernels stay C++17 for nvcc
+  target_include_directories(${target} BEFORE PRIVATE ${simt_folder}/include)
+  target_include_directories(${target} SYSTEM PRIVATE
+    ${VTK_SIMT_CUDA_INCLUDE} ${VTK_SIMT_CUDA_INCLUDE}/cccl ${VTK_CUTLASS_INCLUDE})
+  target_link_libraries(${target} PRIVATE vtk_flags)
+endfunction()
+
+# vtk_simt_library(TARGET "kernel sources" "other sources" "flags of kernels" "flags of everything"): each library has
+# an emulator of its own, from objects that are compiled once for the same flags.
+function(vtk_simt_library target kernels others kernel_flags flags)
+  string(MAKE_C_IDENTIFIER "simt_runtime${flags}" runtime)
+  if(NOT TARGET ${runtime})
+    add_library(${runtime} OBJECT ${simt_runtime})
+    vtk_simt_options(${runtime} "${flags}")
+  endif()
+  add_library(${target}_kernels OBJECT ${kernels})
+  add_library(${target} SHARED ${others} $<TARGET_OBJECTS:${runtime}> $<TARGET_OBJECTS:${target}_kernels>)
+  vtk_simt_options(${target} "${flags}")
+  vtk_simt_options(${target}_kernels "${flags}")
   # As nvcc does: cuda_runtime.h before everything, unroll pragmas, and __half is just bytes.
   target_compile_options(${target}_kernels PRIVATE
     "SHELL:-include cuda_runtime.h" -Wno-unknown-pragmas -Wno-sign-compare -Wno-class-memaccess ${kernel_flags})
@@ -58,6 +70,7 @@ if(VTK_SIMT)
   vtk_link_torch(vtk_simt torch_cpu)
   vtk_simt_library(simt_faults "${simt_fault_sources}" "" "${simt_checked}" "")
   list(APPEND libraries vtk_simt simt_faults)
+  include(cmake/native.cmake)
 endif()
 if(VTK_SIMT_SANITIZE)
   vtk_simt_library(vtk_simt_asan "${simt_cuda_sources}" "${op_sources}" "" "${simt_sanitized}")

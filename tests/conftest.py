@@ -8,6 +8,8 @@ cuda  the CUDA kernels, torch.ops.vtk on CUDA tensors
 from __future__ import annotations
 
 import datetime
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-import vtkernels
 from bench import harness
+from bench.checkout import commit
 from tests import verification
+from tests.simt import emulator
 from vtkernels import _library
 
 NO_GPU = "no GPU on this machine"
 NO_EMULATION = "libvtk_simt.so is not built (cmake -DVTK_SIMT=ON)"
-SIMT_LIBRARY = Path(vtkernels.__file__).parent / "lib" / "libvtk_simt.so"
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,34 @@ def _cuda_missing() -> str | None:
     return None if _library.LIBRARIES.cuda else f"libvtk_cuda.so is not loaded: {_library.LIBRARIES.cuda_reason}"
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("simt", marks=pytest.mark.simt), pytest.param("cuda", marks=pytest.mark.cuda)]
-)
-def backend(request) -> Backend:
-    if request.param == "cpu":
-        return Backend("cpu", torch.device("cpu"), torch.ops.vtk)
-    if request.param == "simt":
-        if not SIMT_LIBRARY.exists():
+def pytest_generate_tests(metafunc):
+    """Every backend once; the emulation as often as --simt-seeds says."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    params = [pytest.param(("cpu", 0), id="cpu"), pytest.param(("cuda", 0), id="cuda", marks=pytest.mark.cuda)]
+    for again in range(metafunc.config.getoption("--simt-seeds")):
+        name = f"simt-again{again}" if again else "simt"
+        params.insert(-1, pytest.param(("simt", again), id=name, marks=pytest.mark.simt))
+    metafunc.parametrize("backend", params, indirect=True)
+
+
+@pytest.fixture
+def backend(request) -> Iterator[Backend]:
+    name, again = request.param
+    if name == "cpu":
+        yield Backend("cpu", torch.device("cpu"), torch.ops.vtk)
+    elif name == "simt":
+        if not emulator.OPS.exists():
             pytest.skip(NO_EMULATION)
-        torch.ops.load_library(str(SIMT_LIBRARY))
-        return Backend("simt", torch.device("cpu"), torch.ops.vtk_simt)
-    if missing := _cuda_missing():
-        pytest.skip(missing)
-    return Backend("cuda", torch.device("cuda"), torch.ops.vtk)
+        torch.ops.load_library(str(emulator.OPS))
+        # A schedule of its own for every test, so that one run of the suite sees all kinds.
+        test = request.node.nodeid.replace(f"simt-again{again}", "simt")
+        with emulator.schedule(emulator.OPS, (zlib.crc32(test.encode()) + again) % len(emulator.SEEDS)):
+            yield Backend("simt", torch.device("cpu"), torch.ops.vtk_simt)
+    else:
+        if missing := _cuda_missing():
+            pytest.skip(missing)
+        yield Backend("cuda", torch.device("cuda"), torch.ops.vtk)
 
 
 @pytest.fixture
@@ -77,13 +93,27 @@ def _restore_threads():
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="Note the outcomes for docs/verification.md.")
+    parser.addoption("--simt-seeds", type=int, default=1, help="Schedules each test of the emulation sees.")
+
+
+def pytest_collection_modifyitems(items):
+    """What a test is about rides on its reports, from the workers of xdist too."""
+    for item in items:
+        item.user_properties.append(("subject", list(verification.subject(item))))
 
 
 def _record(stats) -> list[Path]:
-    outcomes = {r.nodeid: kind for kind in ("passed", "skipped", "failed") for r in stats.get(kind, [])}
-    environment = harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = {"hardware": environment["device"], "torch": environment["torch"], "commit": environment["commit"]}
-    return verification.record(outcomes, facts | {"date": datetime.date.today().isoformat()})
+    reports = [(report, kind) for kind in ("passed", "skipped", "failed", "error") for report in stats.get(kind, [])]
+    subjects = [(dict(report.user_properties).get("subject"), kind) for report, kind in reports]
+    outcomes = [
+        (verification.Subject(*about), "failed" if kind == "error" else kind) for about, kind in subjects if about
+    ]
+    facts = {"torch": torch.__version__, "commit": commit()}
+    facts["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+    hardware = {"cpu": harness.processor(), "simt": harness.processor()}
+    if torch.cuda.is_available():
+        hardware["cuda"] = torch.cuda.get_device_name()
+    return verification.record(outcomes, hardware, facts)
 
 
 def pytest_terminal_summary(terminalreporter, config):

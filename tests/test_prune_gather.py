@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +153,16 @@ def test_tensors(backend, random):
         assert_same_bits(got.cpu(), want.contiguous())
 
 
+def test_as_many_tensors_as_a_launch_takes(backend, random):
+    tensors = [torch.randn(2, 9, width, generator=random) for width in range(1, 17)]
+    scores = torch.randn(2, 9, generator=random)
+    kept, indices = backend.ops.prune_gather.tensors([backend.put(t) for t in tensors], backend.put(scores), 4)
+    expected, expected_indices = reference.prune_gather_tensors(tensors, scores, 4, [1] * 16)
+    assert indices.cpu().tolist() == expected_indices.tolist()
+    for got, want in zip(kept, expected, strict=True):
+        assert_same_bits(got.cpu(), want)
+
+
 def test_attention_equals_scores_then_gather(backend, random):
     tokens, query, key = (torch.randn(*s, generator=random) for s in ((2, 40, 8), (2, 4, 3, 16), (2, 2, 40, 16)))
     tokens, query, key = backend.put(tokens, query, key)
@@ -180,6 +192,26 @@ def test_same_bits_for_any_thread_count(random):
     for out in outs[1:]:
         assert_same_bits(out[0], outs[0][0])
         assert_same_bits(out[1], outs[0][1])
+
+
+# Two rows of 2^30 tokens without memory of their own: two threads, each asking for more scratch than is left.
+OUT_OF_MEMORY = """
+import resource, torch, vtkernels
+torch.set_num_threads(2)
+vtkernels.prune_gather(torch.zeros(2, 9000, 1), torch.zeros(2, 9000), 1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+try:
+    vtkernels.prune_gather(torch.zeros(1, 1, 1).expand(2, 1 << 30, 1), torch.zeros(1, 1).expand(2, 1 << 30), 1)
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_out_of_memory_in_a_thread_is_an_exception():
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "MemoryError\n"), run.stderr
 
 
 @pytest.mark.parametrize("width", [96, 4096])  # memory from malloc, and blocks that are kept and handed out again

@@ -1,7 +1,10 @@
 // Threads for CPU kernels, without torch in the kernel: the op library forwards to torch's own pool, a
 // native test may supply a serial one.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <type_traits>
 
 namespace vtk {
 
@@ -12,16 +15,33 @@ void parallel_ranges(int64_t count, int64_t grain, RangeFn fn, void* context);
 
 int num_threads();
 
-// body(begin, end) must not throw: an exception cannot cross torch's C interface.
+// An exception must not cross torch's C interface: the first one waits here for the calling thread.
+template <class Body>
+struct GuardedBody {
+  Body& body;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr failure = nullptr;
+
+  static void run(void* context, int64_t begin, int64_t end) {
+    GuardedBody& self = *static_cast<GuardedBody*>(context);
+    try {
+      self.body(begin, end);
+    } catch (...) {
+      if (!self.failed.test_and_set()) self.failure = std::current_exception();
+    }
+  }
+};
+
+// Calls body(begin, end) over [0, count). What a body throws, std::bad_alloc above all, reaches the caller.
 template <class Body>
 inline void parallel_for(int64_t count, int64_t grain, Body&& body) {
   if (count <= grain) {  // no fork for small work: a fork costs as much as selecting from 2000 tokens
     if (count > 0) body(int64_t{0}, count);
     return;
   }
-  parallel_ranges(
-      count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-      &body);
+  GuardedBody<std::remove_reference_t<Body>> guarded{body};
+  parallel_ranges(count, grain, guarded.run, &guarded);
+  if (guarded.failure) std::rethrow_exception(guarded.failure);
 }
 
 }  // namespace vtk

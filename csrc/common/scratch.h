@@ -21,7 +21,8 @@ class ScratchPool {
     return pool;
   }
   ~ScratchPool() {
-    for (Block* block : kept_) std::free(block);
+    for (Block* block : kept_)
+      if (block != nullptr) std::free(block->memory);
   }
 
   void* take(size_t bytes) {
@@ -33,10 +34,11 @@ class ScratchPool {
       kept_bytes_ -= found->bytes;
       return found + 1;
     }
-    Block* block = static_cast<Block*>(std::aligned_alloc(kAlign, bytes + sizeof(Block)));
-    if (block == nullptr) throw std::bad_alloc();
-    block->bytes = bytes;
-    return block + 1;
+    // NOTE: not aligned_alloc, whose freed blocks glibc before 2.38 never hands out again for the same size.
+    void* memory = std::malloc(bytes + sizeof(Block) + kAlign);
+    if (memory == nullptr) throw std::bad_alloc();
+    const uintptr_t line = (reinterpret_cast<uintptr_t>(memory) + kAlign - 1) / kAlign * kAlign;
+    return new (reinterpret_cast<void*>(line)) Block{memory, bytes} + 1;
   }
 
   void give(void* data) {
@@ -47,7 +49,7 @@ class ScratchPool {
       slot = block;
       return;
     }
-    std::free(block);
+    std::free(block->memory);
   }
 
  private:
@@ -55,6 +57,7 @@ class ScratchPool {
   static constexpr size_t kSmall = 4096;
   static constexpr size_t kMostKept = 4 << 20;  // a thread
   struct alignas(kAlign) Block {
+    void* memory;  // what malloc gave
     size_t bytes;
   };
   Block* kept_[16] = {};

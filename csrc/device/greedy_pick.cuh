@@ -9,6 +9,8 @@
 #include "common/dtype.h"
 #include "device/grid_barrier.cuh"
 #include "device/launch.h"
+#include "device/order_key.cuh"
+#include "device/reduce.cuh"
 
 namespace vtk {
 
@@ -22,11 +24,17 @@ struct Candidate {
 };
 
 __device__ inline Candidate make_candidate(uint32_t key, int32_t token, float value) {
-  return {static_cast<unsigned long long>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(token)), value};
+  return {make_rank(key, token), value};
 }
 
-__device__ inline int32_t token_of(const Candidate& c) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(c.rank));
+__device__ inline int32_t token_of(const Candidate& c) { return index_of(c.rank); }
+
+struct Better {
+  __device__ Candidate operator()(const Candidate& a, const Candidate& b) const { return a.rank >= b.rank ? a : b; }
+};
+
+__device__ inline Candidate shuffle_xor(const Candidate& c, int lanes) {
+  return {shuffle_xor(c.rank, lanes), shuffle_xor(c.value, lanes)};
 }
 
 struct GreedyShape {
@@ -73,13 +81,7 @@ struct GreedyGroup {
 
   // The best of the block, in all its threads.
   __device__ Candidate block_best(Candidate own, Candidate* sWarps) {
-    for (int delta = 16; delta > 0; delta /= 2) own = better(own, shuffle(own, delta));
-    __syncthreads();  // the previous call's readers are done
-    if (threadIdx.x % 32 == 0) sWarps[threadIdx.x / 32] = own;
-    __syncthreads();
-    own = sWarps[threadIdx.x % kGreedyWarps];
-    for (int delta = kGreedyWarps / 2; delta > 0; delta /= 2) own = better(own, shuffle(own, delta));
-    return own;
+    return block_reduce<kGreedyThreads>(own, Better{}, sWarps);
   }
 
   // The best of the group, in all threads of all its blocks.
@@ -92,7 +94,7 @@ struct GreedyGroup {
     if (threadIdx.x == 0) set[block] = own;
     barrier.wait();
     own = {0, 0.0f};
-    for (int b = threadIdx.x; b < blocks; b += kGreedyThreads) own = better(own, set[b]);
+    for (int b = threadIdx.x; b < blocks; b += kGreedyThreads) own = Better{}(own, set[b]);
     return block_best(own, sWarps);
   }
 
@@ -112,29 +114,16 @@ struct GreedyGroup {
   // Position order: writes the flagged tokens in ascending order.
   __device__ void finish_record(int32_t tokens, int32_t keep, Order order, int64_t* indices, int32_t* sCounts) {
     if (block != 0 || order == Order::kRank) return;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __syncthreads();  // the flags are written
     int32_t before = 0;
     for (int32_t first = 0; first < tokens && before < keep; first += kGreedyThreads) {
-      __syncthreads();  // the flags are written, the counts of the last round are read
       const int32_t j = first + static_cast<int32_t>(threadIdx.x);
       const bool picked = j < tokens && flags[j] != 0;
-      const uint32_t votes = __ballot_sync(0xffffffffu, picked);
-      if (lane == 0) sCounts[warp] = __popc(votes);
-      __syncthreads();
-      int32_t slot = before + __popc(votes & ((1u << lane) - 1));
-      for (int w = 0; w < kGreedyWarps; ++w) {
-        slot += w < warp ? sCounts[w] : 0;
-        before += sCounts[w];
-      }
-      if (picked) indices[slot] = j;
+      const Prefix<int32_t> count = block_prefix<kGreedyThreads>(int32_t{picked}, sCounts);
+      if (picked) indices[before + count.before] = j;
+      before += count.total;
     }
     __syncthreads();
-  }
-
- private:
-  static __device__ Candidate better(const Candidate& a, const Candidate& b) { return a.rank >= b.rank ? a : b; }
-  static __device__ Candidate shuffle(const Candidate& c, int delta) {
-    return {__shfl_xor_sync(0xffffffffu, c.rank, delta), __shfl_xor_sync(0xffffffffu, c.value, delta)};
   }
 };
 

@@ -14,4 +14,14 @@ __device__ inline uint32_t order_key(float score) {
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
+// A key and where it stands, as one integer: of two ranks the larger has the larger key or, among equal keys, the lower
+// index. 0 is below every rank.
+__device__ inline unsigned long long make_rank(uint32_t key, int32_t index) {
+  return static_cast<unsigned long long>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(index));
+}
+
+__device__ inline int32_t index_of(unsigned long long rank) {
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
+}
+
 }  // namespace vtk

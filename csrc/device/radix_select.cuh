@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "device/reduce.cuh"
+
 namespace vtk {
 
 struct RadixSelectStorage {
@@ -36,12 +38,7 @@ __device__ Threshold radix_select(const KeyAt& key_at, int32_t count, int32_t k,
       int lane = threadIdx.x, top = 255 - 8 * lane;
       int32_t own = 0;
       for (int b = 0; b < 8; ++b) own += static_cast<int32_t>(storage.histogram[top - b]);
-      int32_t above = own;  // inclusive prefix sum over lanes, then made exclusive
-      for (int delta = 1; delta < 32; delta *= 2) {
-        int32_t other = __shfl_up_sync(0xffffffffu, above, delta);
-        if (lane >= delta) above += other;
-      }
-      above -= own;
+      const int32_t above = warp_inclusive_sum(own) - own;
       if (above < remaining && remaining <= above + own) {  // exactly one lane holds the k-th key
         int bin = top;
         int32_t left = remaining - above;

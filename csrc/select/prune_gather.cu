@@ -204,9 +204,8 @@ __global__ void __launch_bounds__(kThreads)
 
   // Read every key once.
   const bool cached = segment.tokens <= cached_keys;
-  if (cached) {
+  if (cached) {  // others see the keys after the first barrier of the selection
     for (int32_t i = threadIdx.x; i < segment.tokens; i += kThreads) sKeys[i] = token_key(p, s, segment, i);
-    __syncthreads();
   }
   auto key_at = [&](int32_t i) { return cached ? sKeys[i] : token_key(p, s, segment, i); };
 

@@ -11,9 +11,9 @@
 #include "select/prune_gather.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/simd.h"
 
 namespace vtk {
@@ -172,14 +172,9 @@ void emit_kept(const uint32_t* keys, int32_t tokens, Threshold threshold, int64_
       });
 }
 
-struct Scratch {
-  std::unique_ptr<uint32_t[]> keys, spare;
-  explicit Scratch(int32_t tokens) : keys(new uint32_t[tokens]), spare(new uint32_t[tokens]) {}
-};
-
-PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, Scratch& scratch) {
+// keys, spare: room for the keys of one segment.
+PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, uint32_t* keys, uint32_t* spare) {
   Segment seg = segment_of(p, s);
-  uint32_t* keys = scratch.keys.get();
   switch (p.scores_dtype) {
     case DType::kFloat32: score_keys<float>(p, s, seg, keys); break;
     case DType::kFloat16: score_keys<f16>(p, s, seg, keys); break;
@@ -190,8 +185,8 @@ PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, Scratc
     if (!conflict.ok()) return conflict;
   }
   if (seg.keep == 0) return {};
-  std::copy_n(keys, seg.tokens, scratch.spare.get());
-  Threshold threshold = find_threshold(scratch.spare.get(), seg.tokens, seg.keep);
+  std::copy_n(keys, seg.tokens, spare);
+  Threshold threshold = find_threshold(spare, seg.tokens, seg.keep);
   int64_t* kept = p.indices + seg.out;
   emit_kept(keys, seg.tokens, threshold, seg.first, kept);
   if (p.order == Order::kRank)
@@ -204,12 +199,13 @@ PruneGatherConflict select_segment(const PruneGatherParams& p, int32_t s, Scratc
 
 PruneGatherConflict select_all(const PruneGatherParams& p) {
   if (p.num_segments == 0) return {};
-  std::unique_ptr<PruneGatherConflict[]> conflicts(new PruneGatherConflict[p.num_segments]);
+  Scratch<PruneGatherConflict> conflicts = scratch<PruneGatherConflict>(p.num_segments);
   int64_t tokens_each = std::max<int64_t>(1, p.num_tokens / (p.cu_seqlens == nullptr ? 1 : p.num_segments));
   int64_t grain = std::max<int64_t>(1, 8192 / tokens_each);
   parallel_for(p.num_segments, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(p.num_tokens);
-    for (int64_t s = begin; s < end; ++s) conflicts[s] = select_segment(p, static_cast<int32_t>(s), scratch);
+    Scratch<uint32_t> keys = scratch<uint32_t>(p.num_tokens), spare = scratch<uint32_t>(p.num_tokens);
+    for (int64_t s = begin; s < end; ++s)
+      conflicts[s] = select_segment(p, static_cast<int32_t>(s), keys.get(), spare.get());
   });
   for (int32_t s = 0; s < p.num_segments; ++s)
     if (!conflicts[s].ok()) return conflicts[s];

@@ -13,11 +13,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <memory>
 
-#include "common/aligned.h"
 #include "common/extremum.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace vtk {
 namespace VTK_ISA {
@@ -32,13 +31,13 @@ class LazyCover {
   LazyCover(const SelectCoverParams& p, int64_t b)
       : p_(p),
         vectors_((p.num_rows + kLanes - 1) / kLanes),
-        values_(aligned_array<float>(vectors_ * kLanes * p.num_tokens)),
-        rows_(new int32_t[vectors_ * p.num_tokens]),
-        covered_(aligned_array<float>(vectors_ * kLanes)),
-        score_(new float[p.num_tokens]),
-        left_(new int32_t[p.num_tokens]),
-        fresh_(new int32_t[p.num_tokens]),
-        stale_(new int32_t[p.num_tokens]) {
+        values_(scratch<float>(vectors_ * kLanes * p.num_tokens)),
+        rows_(scratch<int32_t>(vectors_ * p.num_tokens)),
+        covered_(scratch<float>(vectors_ * kLanes)),
+        score_(scratch<float>(p.num_tokens)),
+        left_(scratch<int32_t>(p.num_tokens)),
+        fresh_(scratch<int32_t>(p.num_tokens)),
+        stale_(scratch<int32_t>(p.num_tokens)) {
     std::fill_n(covered_.get(), vectors_ * kLanes, 0.0f);
     const int64_t tiles = (p.num_tokens + kTileColumns - 1) / kTileColumns;
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
@@ -157,12 +156,12 @@ class LazyCover {
   }
 
   const SelectCoverParams& p_;
-  const int64_t vectors_;            // lane vectors of a full column
-  AlignedArray<float> values_;       // [N, vectors, kLanes]; the first left[j] vectors of a column count
-  std::unique_ptr<int32_t[]> rows_;  // [N, vectors]: which vector of rows that is
-  AlignedArray<float> covered_;      // [vectors, kLanes]
-  std::unique_ptr<float[]> score_;   // minus an upper bound of the value
-  std::unique_ptr<int32_t[]> left_, fresh_, stale_;
+  const int64_t vectors_;   // lane vectors of a full column
+  Scratch<float> values_;   // [N, vectors, kLanes]; the first left[j] vectors of a column count
+  Scratch<int32_t> rows_;   // [N, vectors]: which vector of rows that is
+  Scratch<float> covered_;  // [vectors, kLanes]
+  Scratch<float> score_;    // minus an upper bound of the value
+  Scratch<int32_t> left_, fresh_, stale_;
   int32_t picked_ = 0;  // fresh[j] == picked: score[j] is exact
 };
 

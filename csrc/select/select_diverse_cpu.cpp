@@ -21,12 +21,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 
-#include "common/aligned.h"
 #include "common/dot_panel.h"
 #include "common/extremum.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace vtk {
 namespace VTK_ISA {
@@ -52,17 +51,17 @@ struct Rows {
 };
 
 struct Item {
-  std::unique_ptr<float[]> score;      // the smallest is picked next; kExcluded: picked, dropped or ranked last
-  std::unique_ptr<float[]> inverse;    // 1 / norm, 0 for a zero vector
-  std::unique_ptr<bool[]> ranks_last;  // a NaN or infinite norm
-  std::unique_ptr<int32_t[]> picks;
+  Scratch<float> score;      // the smallest is picked next; kExcluded: picked, dropped or ranked last
+  Scratch<float> inverse;    // 1 / norm, 0 for a zero vector
+  Scratch<bool> ranks_last;  // a NaN or infinite norm
+  Scratch<int32_t> picks;
   int32_t tokens, keep, count = 0;
 
   Item(int32_t tokens, int32_t keep)
-      : score(new float[tokens]),
-        inverse(new float[tokens]),
-        ranks_last(new bool[tokens]),
-        picks(new int32_t[keep]),
+      : score(scratch<float>(tokens)),
+        inverse(scratch<float>(tokens)),
+        ranks_last(scratch<bool>(tokens)),
+        picks(scratch<int32_t>(keep)),
         tokens(tokens),
         keep(keep) {}
 
@@ -87,7 +86,7 @@ int32_t first_pick(const SelectDiverseParams& p, int64_t b) {
 template <class T>
 void start(const SelectDiverseParams& p, int64_t b, const Rows<T>& rows, Item& item) {
   const int32_t seed = first_pick(p, b);
-  AlignedArray<float> panel = aligned_array<float>(panel_group_size(p.channels));
+  Scratch<float> panel = scratch<float>(panel_group_size(p.channels));
   std::fill_n(panel.get(), panel_group_size(p.channels), 0.0f);
   pack_column(rows[seed], p.channels, 0, panel.get());
   parallel_for(p.num_tokens, rows.grain(1 << 16), [&](int64_t begin, int64_t end) {
@@ -116,9 +115,9 @@ class LazyMaxMin {
       : rows_(rows),
         item_(item),
         group_size_(panel_group_size(rows.channels)),
-        panel_(aligned_array<float>((item.keep + kPanelWidth - 1) / kPanelWidth * group_size_)),
-        seen_(new int32_t[item.tokens]),
-        stale_(new int32_t[item.tokens]) {
+        panel_(scratch<float>((item.keep + kPanelWidth - 1) / kPanelWidth * group_size_)),
+        seen_(scratch<int32_t>(item.tokens)),
+        stale_(scratch<int32_t>(item.tokens)) {
     std::fill_n(seen_.get(), item.tokens, 1);
     add_pick();
   }
@@ -207,8 +206,8 @@ class LazyMaxMin {
   const Rows<T> rows_;
   Item& item_;
   const int64_t group_size_;
-  AlignedArray<float> panel_;
-  std::unique_ptr<int32_t[]> seen_, stale_;
+  Scratch<float> panel_;
+  Scratch<int32_t> seen_, stale_;
 };
 
 // max_sum. score[j] is the sum of the similarities to all picks, added in pick order.
@@ -219,11 +218,11 @@ class SpeculativeMaxSum {
       : rows_(rows),
         item_(item),
         group_size_(panel_group_size(rows.channels)),
-        panel_(aligned_array<float>(kMaxAheadGroups * group_size_)),
-        cache_(aligned_array<float>(int64_t{kCachedRows} * item.tokens)),
-        slot_of_(new int32_t[item.tokens]),
-        alive_(new int32_t[item.tokens]),
-        draft_(new int32_t[item.tokens]) {
+        panel_(scratch<float>(kMaxAheadGroups * group_size_)),
+        cache_(scratch<float>(int64_t{kCachedRows} * item.tokens)),
+        slot_of_(scratch<int32_t>(item.tokens)),
+        alive_(scratch<int32_t>(item.tokens)),
+        draft_(scratch<int32_t>(item.tokens)) {
     std::fill_n(slot_of_.get(), item.tokens, -1);
     std::fill_n(owner_, kCachedRows, -1);
   }
@@ -316,8 +315,8 @@ class SpeculativeMaxSum {
   const Rows<T> rows_;
   Item& item_;
   const int64_t group_size_;
-  AlignedArray<float> panel_, cache_;
-  std::unique_ptr<int32_t[]> slot_of_, alive_, draft_;
+  Scratch<float> panel_, cache_;
+  Scratch<int32_t> slot_of_, alive_, draft_;
   int32_t owner_[kCachedRows];  // token of each cached row, or -1
   int32_t next_slot_ = 0;
   int served_ = kMaxAhead;  // picks since the last pass

@@ -11,8 +11,9 @@ import vtkernels
 
 FOLDER = Path(vtkernels.__file__).parent / "lib"
 OPS, FAULTS = FOLDER / "libvtk_simt.so", FOLDER / "libsimt_faults.so"
+NATIVE = FOLDER / "simt_native.so"
 OPS_ASAN, FAULTS_ASAN = FOLDER / "libvtk_simt_asan.so", FOLDER / "libsimt_faults_asan.so"
-SEEDS = range(5)  # 0 in order, odd ones random, the others run-ahead: see runtime.cpp
+SEEDS = range(5)  # 0 in order, odd ones random, the others run-ahead: see schedule.cpp
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 // The kernels are compiled with -fsanitize=thread, but linked against the functions at the end of this file instead
 // of the ThreadSanitizer runtime, so that every access that the compiler cannot keep in registers is seen here.
 // For each byte of shared memory the last write, read and atomic are remembered. Two accesses of different threads
-// are ordered when a block barrier (or a fence, which may carry a hand-made protocol) completed between them, or,
-// inside a warp, a __syncwarp. Shuffles and votes order nothing, as in CUDA. Anything else with a write is a race.
+// are ordered when a barrier of the block (all of it, named, or a phase of an mbarrier) or a fence, which may carry a
+// hand-made protocol, completed between them, or, inside a warp, a __syncwarp. Shuffles and votes order nothing, as in
+// CUDA. Anything else with a write is a race.
 //
 // The ASan build is compiled without that; there the redzones are poisoned for ASan, and global memory is covered.
 #include <link.h>
@@ -168,7 +169,7 @@ void check(uintptr_t address, size_t bytes, bool write, bool atomic, const void*
         reinterpret_cast<unsigned char*>(address)[i - at] == kPoison)
       report((std::string("before anybody wrote it: ") + what).c_str(), i, bytes, code, "");
     if (s.write.in_flight && s.write.epoch >= block.start_epoch && !in_flight)
-      report((std::string("before its cp.async was waited for: ") + what).c_str(), i, bytes, code,
+      report((std::string("before its asynchronous copy was waited for: ") + what).c_str(), i, bytes, code,
              ", copied by " + who(block, s.write));
     exclude(s.write, "a write of");
     if (!atomic) exclude(s.atomic, "an atomic on");
@@ -185,6 +186,8 @@ void check(uintptr_t address, size_t bytes, bool write, bool atomic, const void*
 }
 
 }  // namespace
+
+std::string place_name(const void* shared) { return place_of(find(reinterpret_cast<uintptr_t>(shared)).at); }
 
 void next_epoch(Block& block) { block.epoch = ++last_epoch; }
 
@@ -237,6 +240,7 @@ void end_block(Block& block) {
   for (size_t b = 0; b < kRedzone; ++b)
     if (block.dynamic[b] != kCanary || block.dynamic[kRedzone + machine.dynamic_bytes + b] != kCanary)
       machine.error = "a write outside dynamic shared memory";
+  if (!block.bulk.empty()) machine.error = "it ends with bulk copies that nobody waited for";
   if (in_use > kMaxShared)
     machine.error = "static and dynamic shared memory together use " + std::to_string(in_use) + " bytes, at most " +
                     std::to_string(kMaxShared);
@@ -252,11 +256,24 @@ void atomic_access(const void* address, size_t bytes) {
   check(reinterpret_cast<uintptr_t>(address), bytes, true, true, __builtin_return_address(0));
 }
 
-void async_copy(void* shared, const void* global, size_t bytes, size_t source_bytes) {
-  if (find(reinterpret_cast<uintptr_t>(shared)).owner == nullptr) fail("cp.async to memory that is not shared");
-  check(reinterpret_cast<uintptr_t>(shared), bytes, true, false, __builtin_return_address(0), true);
+// The bytes are poison until they land.
+static AsyncCopy start_copy(void* shared, const void* global, size_t bytes, size_t source_bytes, const void* code) {
+  if (find(reinterpret_cast<uintptr_t>(shared)).owner == nullptr)
+    fail("an asynchronous copy to memory that is not shared");
+  check(reinterpret_cast<uintptr_t>(shared), bytes, true, false, code, true);
   std::memset(shared, kPoison, bytes);
-  machine.running->async.back().push_back({static_cast<unsigned char*>(shared), global, bytes, source_bytes});
+  return {static_cast<unsigned char*>(shared), global, bytes, source_bytes};
+}
+
+static void land(const AsyncCopy& copy) {
+  const Place place = find(reinterpret_cast<uintptr_t>(copy.to));
+  for (size_t b = 0; b < copy.bytes; ++b) place.owner->shadow[place.at + b].write.in_flight = 0;
+  std::memcpy(copy.to, copy.from, copy.source_bytes);
+  std::memset(copy.to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+}
+
+void async_copy(void* shared, const void* global, size_t bytes, size_t source_bytes) {
+  machine.running->async.back().push_back(start_copy(shared, global, bytes, source_bytes, __builtin_return_address(0)));
 }
 
 void async_commit() { machine.running->async.emplace_back(); }
@@ -265,14 +282,32 @@ void async_wait(int groups_in_flight) {
   auto& groups = machine.running->async;
   while (static_cast<int>(groups.size()) - 1 > groups_in_flight) {
     for (const AsyncCopy& copy : groups.front()) {
-      const Place place = find(reinterpret_cast<uintptr_t>(copy.to));
-      for (size_t b = 0; b < copy.bytes; ++b) place.owner->shadow[place.at + b].write.in_flight = 0;
+      land(copy);
       shared_access(copy.to, copy.bytes, true);
-      std::memcpy(copy.to, copy.from, copy.source_bytes);
-      std::memset(copy.to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
     }
     groups.erase(groups.begin());
   }
+}
+
+void async_bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Site site) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes) % 16 != 0)
+    fail("bulk copy %s: addresses and the number of bytes must be multiples of 16", name(site).c_str());
+  Block& block = *machine.running->block;
+  block.bulk.push_back({start_copy(shared, global, bytes, bytes, __builtin_return_address(0)), barrier});
+  advance_mbarrier(block, barrier);
+}
+
+int land_bulk_copies(Block& block, const uint64_t* barrier) {
+  int bytes = 0;
+  for (const BulkCopy& copy : block.bulk) {
+    if (copy.barrier != barrier) continue;
+    land(copy);
+    bytes += static_cast<int>(copy.bytes);
+  }
+  block.bulk.erase(std::remove_if(block.bulk.begin(), block.bulk.end(),
+                                  [&](const BulkCopy& copy) { return copy.barrier == barrier; }),
+                   block.bulk.end());
+  return bytes;
 }
 
 void* map_shared_rank(void* address, unsigned rank) {

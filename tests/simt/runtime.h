@@ -1,5 +1,5 @@
-// The emulator's own state, shared by runtime.cpp (schedule, rendezvous, launch), memory.cpp (what a thread may
-// read and write) and symbols.cpp (names for reports). Kernels never see this header.
+// The emulator's own state, shared by launch.cpp, schedule.cpp, rendezvous.cpp, memory.cpp (what a thread may read and
+// write), report.cpp and symbols.cpp. Kernels never see this header; what they call is include/simt.h.
 #pragma once
 #include <deque>
 #include <string>
@@ -8,9 +8,21 @@
 #include "fiber.h"
 #include "include/simt.h"
 
+// Kernels see them as constants; the scheduler sets them at every switch.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
 namespace simt {
 
-enum class State : uint8_t { kReady, kAtBlockBarrier, kAtNamedBarrier, kAtWarpOp, kAtResidentBarrier, kExited };
+enum class State : uint8_t {
+  kReady,
+  kAtBlockBarrier,
+  kAtNamedBarrier,
+  kAtMbarrier,
+  kAtWarpOp,
+  kAtResidentBarrier,
+  kExited
+};
 
 struct Block;
 
@@ -19,6 +31,19 @@ struct AsyncCopy {
   const void* from;
   size_t bytes, source_bytes;
 };
+
+struct BulkCopy : AsyncCopy {
+  const uint64_t* barrier;
+};
+
+// The 8 bytes of an mbarrier: what the phase in progress still waits for.
+struct Mbarrier {
+  uint64_t phase : 1;
+  uint64_t arrivals : 20;  // of every phase
+  uint64_t missing : 20;   // of this one
+  int64_t bytes : 23;      // announced and not landed
+};
+static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
 
 struct Fiber {
   Context context;
@@ -31,6 +56,7 @@ struct Fiber {
   BlockOp block_op;
   int predicate;
   int named;  // barrier
+  Mbarrier* mbarrier;
   void (*body)(void* const*);
   const char* what;  // a resident barrier or a warp_call
   WarpOp warp_op;
@@ -53,7 +79,7 @@ struct Access {
   uint32_t warp_epoch = 0;
   uint32_t code = 0;  // offset of the instruction in this library
   uint16_t thread = 0;
-  uint8_t in_flight = 0;  // writes only: by a cp.async that nobody has waited for
+  uint8_t in_flight = 0;  // writes only: by an asynchronous copy that nobody has waited for
   uint8_t many = 0;       // reads and atomics: 0 one thread, 1 several lanes of a warp, 2 several warps
 };
 
@@ -69,6 +95,7 @@ struct Block {
   std::deque<Fiber*> ready;
   int at_barrier, exited;
   int named_arrived[16];
+  std::vector<BulkCopy> bulk;  // under way
 
   uint32_t start_epoch, epoch;             // advance at block barriers and fences
   std::vector<unsigned char> dynamic;      // redzone, dynamic shared memory, redzone
@@ -104,12 +131,41 @@ inline constexpr size_t kRedzone = 1024;
 inline constexpr size_t kMaxShared = 227 << 10;
 inline constexpr size_t kDefaultShared = 48 << 10;
 
+// schedule.cpp
+enum class Policy { kInOrder, kRandom, kRunAhead };
+Policy policy();
+uint64_t random_number();
+void make_ready(std::vector<Fiber*>& fibers);
+Fiber* pick(bool leave_block);              // the next thread to run, null when none can
+void enter(Context& from, Fiber& f);        // runs f
+void reschedule(bool leave_block = false);  // runs somebody else; returns when this thread is picked again
+void leave_to_main(Fiber& f);               // ends the launch
+void put_in_place(Block& block);            // its static shared memory
+void fiber_main();
+
+// rendezvous.cpp
+void advance_mbarrier(Block& block, uint64_t* barrier);
+
 // memory.cpp
 void find_static_shared();       // on the launch's thread
 void begin_block(Block& block);  // poison
 void guard_static(bool on);      // for ASan, while kernel code runs
-void end_block(Block& block);    // canaries, shared memory in use
+void end_block(Block& block);    // canaries, shared memory in use, copies under way
 void next_epoch(Block& block);
+int land_bulk_copies(Block& block, const uint64_t* barrier);  // the number of bytes
+std::string place_name(const void* shared);                   // of the block in place
+
+// report.cpp
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string name(uint3 index);
+std::string name(Site site);
+std::string name(const Fiber& f);
+const char* name(BlockOp op);
+const char* name(WarpOp op);
+std::string place(const Block& block);
+std::string kernel_name();
+std::string whereabouts(const Fiber& f);
+std::string deadlock_report();
 
 // symbols.cpp
 struct SharedObject {

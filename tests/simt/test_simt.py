@@ -88,14 +88,6 @@ def test_block_operations(faults):
     assert out.tolist() == [sum(range(64)), 32, 1, 0, 64, -1, 9, 42]
 
 
-def test_tensor_core_tile(faults):
-    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16()
-    d = torch.full((16, 8), torch.nan)
-    assert emulator.call(faults, "vocabulary_mma", a, b, d, 1) == ""
-    torch.testing.assert_close(d, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
-    assert "before its cp.async was waited for" in emulator.call(faults, "vocabulary_mma", a, b, d, 0)
-
-
 def test_grid_barrier_needs_a_cooperative_launch(faults):
     counter, values, out = (torch.zeros(n, dtype=torch.int32) for n in (1, 6, 6))
     assert emulator.call(faults, "vocabulary_grid_barrier", counter, values, out, 6, 1) == ""
@@ -126,7 +118,11 @@ FAULTS = {
     "divergent_barrier": r"deadlock: 32 threads wait, .* \(divergent_barrier\.cu:7\); 32 never come, .* has exited",
     "divergent_warp": r"divergent warp: .*__shfl_sync .*divergent_warp\.cu:\d+.* while .*waits at __shfl_sync",
     "endless_spin": r"no progress",
-    "missing_async_wait": r"before its cp\.async was waited for: a read of .*missing_async_wait\.cu:11",
+    "missing_async_wait": r"before its asynchronous copy was waited for: a read of .*missing_async_wait\.cu:13",
+    "missing_mbarrier_wait": r"thread .*: before its asynchronous copy was waited for: a read of .*wait\.cu:17",
+    "wrong_mbarrier_phase": r"thread .*: before (its asynchronous copy was waited for|anybody wrote it): .*:18",
+    "endless_mbarrier": r"deadlock: 32 threads wait, .* waits for parity 0 of mbarrier .*done \+ 0 \(endless_mbarrier"
+    r"\.cu:12\), 1 of 2 arrivals and 0 bytes missing",
     "too_much_shared": r"invalid launch: 49153 bytes of dynamic shared memory",
 }
 

@@ -2,9 +2,10 @@
 #include <cooperative_groups.h>
 
 #include "device/launch.h"
-#include "simt_ptx.h"
+#include "device/ptx.cuh"
 
 namespace cg = cooperative_groups;
+namespace ptx = vtk::ptx;
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
@@ -81,28 +82,6 @@ EXPORT vocabulary_cluster(int* out, int synced) {
   return run(cluster_kernel, {.grid = dim3(8), .block = dim3(32), .shared_bytes = 128, .cluster = 4}, out, synced);
 }
 
-// d [16, 8] = a [16, 16] b [16, 8] in bfloat16, through cp.async, ldmatrix and mma.
-__global__ void mma_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int waits) {
-  __shared__ __align__(16) __nv_bfloat16 sA[16][16];
-  __shared__ __align__(16) __nv_bfloat16 sB[16][8];
-  const int lane = threadIdx.x;
-  simt::async_copy(&sA[lane / 2][lane % 2 * 8], a + lane * 8, 16, 16);
-  if (lane < 16) simt::async_copy(&sB[lane][0], b + lane * 8, 16, 16);
-  simt::async_commit();
-  if (waits) simt::async_wait(0);
-  __syncwarp();
-  uint32_t ra[4], rb[2];
-  float rd[4] = {};
-  simt::ldmatrix<4, false>(ra, &sA[lane % 16][lane / 16 * 8]);
-  simt::ldmatrix<2, true>(rb, &sB[lane % 16][0]);
-  simt::mma_m16n8k16<__nv_bfloat16>(rd, ra, rb);
-  for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = rd[i];
-}
-EXPORT vocabulary_mma(const void* a, const void* b, float* d, int waits) {
-  return run(mma_kernel, {.grid = dim3(1), .block = dim3(32)}, static_cast<const __nv_bfloat16*>(a),
-             static_cast<const __nv_bfloat16*>(b), d, waits);
-}
-
 // Tiles, atomics, votes of the block and named barriers. out [8].
 __global__ void block_kernel(int* out) {
   __shared__ int sums[4];
@@ -120,9 +99,9 @@ __global__ void block_kernel(int* out) {
   // Warp 0 hands a value to warp 1.
   if (t < 32) {
     if (t == 5) handed = 42;
-    simt::named_barrier(3, 64, false, {__FILE__, __LINE__});
+    ptx::named_barrier_arrive(3, 64);
   } else {
-    simt::named_barrier(3, 64, true, {__FILE__, __LINE__});
+    ptx::named_barrier_sync(3, 64);
     if (t == 40) out[7] = handed;
   }
   if (t == 0) {

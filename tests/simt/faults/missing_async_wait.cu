@@ -1,15 +1,17 @@
 // Reads what a cp.async copies without waiting for it.
+#include "device/ptx.cuh"
 #include "fault.h"
-#include "simt_ptx.h"
+
+namespace ptx = vtk::ptx;
 
 __global__ void missing_async_wait_kernel(const int4* in, int* out, int broken) {
   __shared__ int4 values[32];
-  simt::async_copy(&values[threadIdx.x], &in[threadIdx.x], 16, 16);
-  simt::async_commit();
-  if (!broken) simt::async_wait(0);
+  ptx::cp_async_16(&values[threadIdx.x], &in[threadIdx.x], true);
+  ptx::cp_async_commit();
+  if (!broken) ptx::cp_async_wait<0>();
   __syncthreads();
   out[threadIdx.x] = values[threadIdx.x].x;
-  simt::async_wait(0);
+  ptx::cp_async_wait<0>();
 }
 
 FAULT(missing_async_wait) {

@@ -50,6 +50,13 @@ void resident_barrier(const char* what, Site site);
 // PTX bar.sync (wait = true) and bar.arrive on barrier `id` of the block, for `threads` threads.
 void named_barrier(int id, int threads, bool wait, Site site);
 
+// PTX mbarrier: mbarrier.init, mbarrier.arrive (expecting `bytes` of bulk copies) and a loop over try_wait.parity; and
+// cp.async.bulk to shared memory. The caller notes the access to the barrier's word.
+void mbarrier_start(uint64_t* barrier, int arrivals, Site site);
+void mbarrier_count(uint64_t* barrier, unsigned bytes, Site site);
+void mbarrier_pass(uint64_t* barrier, int parity, Site site);
+void async_bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Site site);
+
 // All 32 lanes bring a pointer to their own operands; the last one to come runs body(lanes) for everybody.
 void warp_call(const char* what, void* mine, void (*body)(void* const* lanes), Site site);
 

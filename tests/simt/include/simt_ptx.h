@@ -1,33 +1,65 @@
-// Host versions of the PTX instructions behind the wrappers of csrc/device/ptx.cuh. Registers are 32-bit words, laid
+// Host versions of the functions of csrc/device/ptx.cuh, where they are explained. Registers are 32-bit words, laid
 // out over the lanes as the PTX manual draws the fragments.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <bit>
-
-#include "simt.h"
+#include <cmath>
 
 namespace simt {
 
-// lop3.b32: bit i of the result is bit (a_i b_i c_i) of the truth table.
-inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint8_t table) {
+// ---- Bits and pairs ----
+
+// Bit i of the result is bit (a_i b_i c_i) of the truth table.
+template <uint8_t kTable>
+inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t out = 0;
   for (int i = 0; i < 8; ++i)
-    if (table >> i & 1) out |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+    if (kTable >> i & 1) out |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return out;
 }
 
-// ldmatrix.m8n8.x{count}{.trans}: lane 8 m + r brings the address of row r of matrix m.
-template <int count, bool transposed>
-inline void ldmatrix(uint32_t (&out)[count], const void* row, Site site = {__builtin_FILE(), __builtin_LINE()}) {
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+template <class T>
+inline float half_of(uint32_t word, int which) {
+  return static_cast<float>(std::bit_cast<T>(static_cast<uint16_t>(word >> (16 * which))));
+}
+
+template <class T>
+inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out = 0;
+  for (int i = 0; i < 2; ++i) {
+    const double exact = std::fma(double{half_of<T>(a, i)}, double{half_of<T>(b, i)}, double{half_of<T>(c, i)});
+    out |= static_cast<uint32_t>(std::bit_cast<uint16_t>(T(exact))) << (16 * i);
+  }
+  return out;
+}
+
+// ---- Copies of one thread ----
+
+inline void cp_async_16(void* shared, const void* global, bool present) {
+  async_copy(shared, global, 16, present ? 16 : 0);
+}
+inline void cp_async_commit() { async_commit(); }
+template <int kInFlight>
+inline void cp_async_wait() {
+  async_wait(kInFlight);
+}
+
+// ---- Tensor cores ----
+
+template <bool transposed>
+inline void load_matrices(uint32_t (&out)[4], const void* row, Site site) {
   struct Lane {
     const uint16_t* row;
     uint32_t* out;
   } mine{static_cast<const uint16_t*>(row), out};
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
     fail("ldmatrix (%s:%d): row address not 16-byte aligned", site.file, site.line);
-  if (lane() < 8 * count) shared_access(row, 16, false);
+  shared_access(row, 16, false);
   warp_call(
       "ldmatrix", &mine,
       [](void* const* lanes) {
@@ -35,7 +67,7 @@ inline void ldmatrix(uint32_t (&out)[count], const void* row, Site site = {__bui
           return static_cast<Lane*>(lanes[8 * matrix + r])->row[c];
         };
         for (int l = 0; l < 32; ++l)
-          for (int m = 0; m < count; ++m) {
+          for (int m = 0; m < 4; ++m) {
             const int r = l / 4, c = l % 4 * 2;
             static_cast<Lane*>(lanes[l])->out[m] = transposed ? element(m, c, r) | element(m, c + 1, r) << 16
                                                               : element(m, r, c) | element(m, r, c + 1) << 16;
@@ -43,16 +75,11 @@ inline void ldmatrix(uint32_t (&out)[count], const void* row, Site site = {__bui
       },
       site);
 }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_SITE) { load_matrices<false>(r, row, site); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_SITE) { load_matrices<true>(r, row, site); }
 
 template <class T>
-inline float half_of(uint32_t word, int which) {
-  return static_cast<float>(std::bit_cast<T>(static_cast<uint16_t>(word >> (16 * which))));
-}
-
-// mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32 with T __nv_bfloat16 or __half: d = a b + d.
-template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                         Site site = {__builtin_FILE(), __builtin_LINE()}) {
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
   struct Lane {
     float* d;
     const uint32_t *a, *b;
@@ -75,6 +102,35 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
           }
       },
       site);
+}
+
+// ---- Barriers of part of a block ----
+// NOTE: accesses to the barrier's word are noted here, inlined into the kernel, so that a report names its line.
+
+inline void named_barrier_sync(int id, int threads, SIMT_SITE) { named_barrier(id, threads, true, site); }
+inline void named_barrier_arrive(int id, int threads, SIMT_SITE) { named_barrier(id, threads, false, site); }
+
+inline void mbarrier_init(uint64_t* barrier, int arrivals, SIMT_SITE) {
+  shared_access(barrier, sizeof *barrier, true);
+  mbarrier_start(barrier, arrivals, site);
+}
+inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes, SIMT_SITE) {
+  atomic_access(barrier, sizeof *barrier);
+  mbarrier_count(barrier, bytes, site);
+}
+inline void mbarrier_arrive(uint64_t* barrier, SIMT_SITE) {
+  atomic_access(barrier, sizeof *barrier);
+  mbarrier_count(barrier, 0, site);
+}
+inline void mbarrier_wait(uint64_t* barrier, int parity, SIMT_SITE) {
+  atomic_access(barrier, sizeof *barrier);
+  mbarrier_pass(barrier, parity, site);
+}
+inline void fence_mbarrier_init(SIMT_SITE) { simt_fence(site); }
+
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, SIMT_SITE) {
+  atomic_access(barrier, sizeof *barrier);
+  async_bulk_copy(shared, global, bytes, barrier, site);
 }
 
 }  // namespace simt

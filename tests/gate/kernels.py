@@ -1,0 +1,33 @@
+"""Every CUDA kernel by source file, each in its class: HOT (no spill, no stack frame) or Allowed with its reason.
+
+A kernel that is not here fails the gate, and so does an entry whose kernel is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The most that a kernel's worst instance may use, in bytes a thread, and why that is all right."""
+
+    stack: int = 0
+    spill: int = 0  # stores and loads, each
+    reason: str = ""
+
+
+HOT = Allowed()
+
+KERNELS: dict[str, dict[str, Allowed]] = {
+    "csrc/score/attention_scores.cu": {
+        "few_logits_kernel": HOT,
+        "few_scores_kernel": HOT,
+        "normalisers_kernel": HOT,
+        "scores_kernel": HOT,
+        "finish_kernel": HOT,
+    },
+    "csrc/select/prune_gather.cu": {"prune_gather_kernel": HOT},
+    "csrc/select/select_cover.cu": {"select_cover_kernel": HOT},
+    "csrc/select/select_diverse.cu": {"select_diverse_kernel": HOT},
+}
