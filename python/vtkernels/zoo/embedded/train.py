@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -501,6 +502,7 @@ def main(
         seed=seed, see_steps=see_steps, answer_steps=answer_steps, video_steps=video_steps, draft_steps=draft_steps
     )
     export(train(config, out), out / "weights")
+    shutil.copyfile(out / "log.jsonl", out / "weights" / "training.jsonl")
 
 
 if __name__ == "__main__":
