@@ -68,7 +68,7 @@ def cost_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def _table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for line in lines:

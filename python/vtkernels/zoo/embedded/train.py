@@ -41,7 +41,7 @@ from vtkernels.zoo.embedded import model as embedded
 from vtkernels.zoo.embedded import questions, scenes, videos
 from vtkernels.zoo.embedded.scenes import COLOUR_NAMES, COLUMNS, KINDS, NOTHING, ROWS, PatchLabels, Scenes
 
-TASKS = ("digit",) * 2 + ("count",) * 4 + ("where",) * 4 + ("compare",) * 2 + ("beside",) * 2
+TASKS = ("digit",) * 2 + ("count",) * 5 + ("where",) * 3 + ("compare",) * 3 + ("beside",) * 2
 VIDEO_TASKS = videos.TASKS * 2
 NEIGHBOURS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 IGNORED = -100  # cross_entropy's own
@@ -66,7 +66,7 @@ class Config:
     draft_steps: int = 600
     batch: int = 8
     learning_rate: float = 1.5e-3
-    see_share: float = 0.4  # of the steps of the second stage that go on training the tower
+    see_share: float = 0.3  # of the steps of the second stage that go on training the tower
     tower_scale: float = 1.0  # of the learning rate, for the tower in the second stage
     warmup: int = 100
     fall: int = 1000  # steps in which the learning rate falls to zero
