@@ -101,6 +101,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         [row.tokens for row in best], [row.mean for row in best], s=90, facecolors="none", edgecolors="black", zorder=3
     )
     axis.set_xscale("log", base=2)
+    budgets = sorted({row.tokens for row in pruned})
+    axis.set_xticks(budgets, labels=map(str, budgets))
     axis.set(xlabel="visual tokens kept", ylabel="mean accuracy over tasks", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
