@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "device/convert.cuh"
+#include "device/tile_product.cuh"
 #include "score/attention_scores.h"
 
 namespace vtk {
@@ -15,7 +16,6 @@ namespace {
 constexpr int32_t kFewRows = 8;       // up to here K is read once and logits go through memory
 constexpr int32_t kFewKeys = 128;     // at least so many keys a block
 constexpr int32_t kMaxKeyParts = 32;  // partial normalisers of a row
-constexpr int kTile = 64;             // rows and keys of a tile in the many-rows form
 constexpr int64_t kFillBlocks = 512;  // blocks that occupy a large GPU; a constant, so that sums never depend on it
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = INFINITY;

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/cosine.h"
 #include "common/cpu_isa.h"
 #include "common/dtype.h"
 
@@ -29,10 +30,6 @@ struct SelectDiverseParams {
   int64_t* indices;  // [B, keep]
   void* workspace;   // CUDA only: select_diverse_workspace(params) bytes, not initialised
 };
-
-// A squared norm outside [kMinSquaredNorm, inf) has no float32 cosine: below, the token counts as a zero vector
-// (similarity 0 with everything); infinite or NaN, the token ranks last.
-inline constexpr float kMinSquaredNorm = 1.17549435e-38f;
 
 VTK_CPU_KERNEL(void, select_diverse_cpu, SelectDiverseParams)
 

@@ -1,4 +1,4 @@
-"""Visual Token Kernels: score, prune and gather the visual tokens of a vision-language model.
+"""Visual Token Kernels: score, prune, merge and gather the visual tokens of a vision-language model.
 
 The ops live in ``torch.ops.vtk``; this package loads them, documents them, and composes them into the
 published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
@@ -6,6 +6,7 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
+from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, unmerge
 from vtkernels.ops.score import attention_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -19,10 +20,14 @@ from vtkernels.ops.select import (
 __all__ = [
     "__version__",
     "attention_scores",
+    "bipartite_match",
+    "bipartite_merge",
+    "merge_apply",
     "prune_gather",
     "prune_gather_attention",
     "prune_gather_tensors",
     "prune_gather_varlen",
     "select_cover",
     "select_diverse",
+    "unmerge",
 ]

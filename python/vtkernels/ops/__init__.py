@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import score, select
+from vtkernels.ops import merge, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -13,4 +13,8 @@ PUBLIC = {
     "prune_gather.tensors": select.prune_gather_tensors,
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
+    "bipartite_match": merge.bipartite_match,
+    "merge_apply": merge.merge_apply,
+    "unmerge": merge.unmerge,
+    "bipartite_merge": merge.bipartite_merge,
 }

@@ -1,0 +1,54 @@
+// What the ops that merge rows have in common: the arguments of values and weight.
+#pragma once
+#include <optional>
+#include <tuple>
+
+#include "common/backend.h"
+#include "common/check.h"
+#include "common/empty.h"
+#include "merge/merge_apply.h"
+
+namespace vtk {
+
+inline void set_values(const char* op, const char* name, MergeApplyParams& p, const Tensor& values) {
+  check_dim(op, name, values, 3, "[B, N, D]");
+  p.dtype = float_dtype(op, name, values);
+  check_contiguous_last(op, name, values);
+  p.batch = check_count(op, "batch size", values.size(0));
+  p.num_tokens = check_count(op, "token count", values.size(1));
+  p.channels = check_count(op, "channel count", values.size(2));
+  p.values = values.const_data_ptr();
+  p.stride_batch = values.stride(0);
+  p.stride_token = values.stride(1);
+}
+
+// The CPU reads the weights; on CUDA the formula is applied to whatever they are.
+inline void set_weight(const char* op, const char* name, MergeApplyParams& p, const std::optional<Tensor>& weight,
+                       const char* values_name, const Tensor& values) {
+  if (!weight.has_value()) return;
+  check_same_device(op, name, *weight, values_name, values);
+  check_shape(op, name, *weight, "[B, N]", {p.batch, p.num_tokens});
+  p.weight_dtype = float_dtype(op, name, *weight);
+  p.weight = weight->const_data_ptr();
+  p.weight_stride_batch = weight->stride(0);
+  p.weight_stride_token = weight->stride(1);
+#if !defined(VTK_BACKEND_CUDA)
+  if (p.batch == 0 || p.num_tokens == 0) return;
+  const WeightConflict conflict = check_weight_cpu(p);
+  VTK_CHECK(op, conflict.batch < 0, "expected ", name, " > 0 and finite, got ", name, "[", conflict.batch, ", ",
+            conflict.token, "] = ", conflict.value);
+#endif
+}
+
+// Allocates and computes (merged [B, M, D], weight float32 [B, M]).
+inline std::tuple<Tensor, Tensor> run_apply([[maybe_unused]] const char* op, MergeApplyParams& p,
+                                            const Tensor& values) {
+  Tensor merged = empty({p.batch, p.out_len, p.channels}, values.scalar_type(), values);
+  Tensor weight = empty({p.batch, p.out_len}, ScalarType::Float, values);
+  p.merged = merged.mutable_data_ptr();
+  p.weight_out = static_cast<float*>(weight.mutable_data_ptr());
+  if (p.batch > 0 && p.out_len > 0) VTK_LAUNCH(op, merge_apply, p, values);
+  return {merged, weight};
+}
+
+}  // namespace vtk

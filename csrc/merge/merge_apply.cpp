@@ -1,0 +1,50 @@
+// merge_apply: schema, checks, allocation, launch.
+#include "merge/merge_apply.h"
+
+#include "common/backend.h"
+#include "common/check.h"
+#include "merge/apply_arguments.h"
+#include "merge/owner_argument.h"
+
+namespace vtk {
+namespace {
+
+constexpr const char* kOp = "merge_apply";
+
+MergeReduce parse_merge_reduce(const std::string& text) {
+  if (text == "weighted_mean") return MergeReduce::kWeightedMean;
+  if (text == "mean") return MergeReduce::kMean;
+  if (text == "sum") return MergeReduce::kSum;
+  if (text == "max") return MergeReduce::kMax;
+  fail(kOp, "expected reduce to be \"weighted_mean\", \"mean\", \"sum\" or \"max\", got \"", text, "\"");
+}
+
+// merge_apply(values [B, N, D], owner int64 [B, N], out_len) -> (merged [B, out_len, D], weight float32 [B, out_len])
+std::tuple<Tensor, Tensor> merge_apply(const Tensor& values, const Tensor& owner, int64_t out_len,
+                                       const std::optional<Tensor>& weight, const std::string& reduce) {
+  MergeApplyParams p = {};
+  set_values(kOp, "values", p, values);
+  VTK_CHECK(kOp, out_len >= 0, "expected out_len >= 0, got ", out_len);
+  p.out_len = check_count(kOp, "out_len", out_len);
+  p.reduce = parse_merge_reduce(reduce);
+  check_owner(kOp, owner, p.batch, p.num_tokens, out_len, "out_len", "values", values);
+  p.owner = static_cast<const int64_t*>(owner.const_data_ptr());
+  p.owner_stride_batch = owner.stride(0);
+  p.owner_stride_token = owner.stride(1);
+  set_weight(kOp, "weight", p, weight, "values", values);
+  return run_apply(kOp, p, values);
+}
+
+#if defined(VTK_DEFINES_SCHEMAS)
+VTK_FRAGMENT(m) {
+  // Reduces the tokens that share an owner into one row.
+  m.def(
+      "merge_apply(Tensor values, Tensor owner, SymInt out_len, *, Tensor? weight=None, str "
+      "reduce=\"weighted_mean\") -> (Tensor merged, Tensor weight)");
+}
+#endif
+
+VTK_IMPL(m) { m.impl("merge_apply", TORCH_BOX(&merge_apply)); }
+
+}  // namespace
+}  // namespace vtk

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.merge_data import assert_weights, plain_merge
+from tests.reference import merge_apply as reference
+from vtkernels.ops import merge as family
+from vtkernels.testing.compare import assert_close, assert_same_bits
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+REDUCES = ["weighted_mean", "mean", "sum", "max"]
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def apply(backend, values, owner, out_len, weight=None, reduce="weighted_mean"):
+    weight = None if weight is None else backend.put(weight)
+    merged, total = backend.ops.merge_apply(*backend.put(values, owner), out_len, weight=weight, reduce=reduce)
+    assert merged.dtype == values.dtype and total.dtype == torch.float32
+    return merged.cpu(), total.cpu()
+
+
+def check(backend, values, owner, out_len, weight=None, reduce="weighted_mean"):
+    merged, total = apply(backend, values, owner, out_len, weight, reduce)
+    expected, expected_total = reference.merge_apply(values, owner, out_len, weight, reduce)
+    assert_close(merged, expected, plain_merge(values, owner, out_len, weight, reduce))
+    assert_weights(total, expected_total)
+    # Rows of one token are copies, rows of none zeros.
+    counts = torch.zeros(values.shape[0], out_len + 1, dtype=torch.int64).scatter_add(
+        1, owner + 1, torch.ones_like(owner)
+    )
+    for b, row in (counts[:, 1:] == 1).nonzero().tolist():
+        assert_same_bits(merged[b, row], values[b, int((owner[b] == row).nonzero())].contiguous())
+    assert not merged[counts[:, 1:] == 0].any()
+
+
+def test_sums_by_hand(backend):
+    values = torch.tensor([[[1.0], [2.0], [6.0], [-4.0]]])
+    owner, weight = torch.tensor([[0, 1, 0, -1]]), torch.tensor([[1.0, 1.0, 3.0, 9.0]])
+    expected = {"weighted_mean": [4.75, 2.0], "mean": [3.5, 2.0], "sum": [7.0, 2.0], "max": [6.0, 2.0]}
+    for reduce, rows in expected.items():
+        merged, total = apply(backend, values, owner, 3, weight, reduce)
+        assert merged[0, :, 0].tolist() == [*rows, 0.0] and total.tolist() == [[4.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+@QUICK
+@given(data=st.data())
+def test_any_shape(backend, reduce, data):
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    batch, count, width, rows = (data.draw(st.integers(0, high)) for high in (3, 60, 40, 50))
+    dtype = data.draw(st.sampled_from(FLOATS))
+    values = torch.randn(batch, count, width, generator=random).to(dtype)
+    owner = torch.randint(-1, max(rows, 1), (batch, count), generator=random).clamp_max(rows - 1)
+    weight = None
+    if data.draw(st.booleans()):
+        weight = (torch.rand(batch, count, generator=random) * 4 + 0.1).to(data.draw(st.sampled_from(FLOATS)))
+    check(backend, values, owner, rows, weight, reduce)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [1, 7, 8, 15, 16, 17, 32, 64, 65, 127, 128, 200])
+def test_widths(backend, random, width, dtype):
+    """Vector tails, and rows that are or are not multiples of 16 bytes."""
+    owner = torch.randint(0, 9, (2, 21), generator=random)
+    values = torch.randn(2, 21, width, generator=random).to(dtype)
+    for reduce in REDUCES:
+        check(backend, values, owner, 9, torch.rand(2, 21, generator=random) + 0.5, reduce)
+
+
+@pytest.mark.parametrize("count", [511, 512, 513, 1300])
+def test_many_tokens_in_few_rows(backend, random, count):
+    """As many as the CUDA kernel lists, and more."""
+    values = torch.randint(-8, 9, (2, count, 8), generator=random).float()
+    weight = torch.randint(1, 4, (2, count), generator=random).float()
+    owner = torch.randint(0, 3, (2, count), generator=random)
+    for reduce in REDUCES:
+        check(backend, values, owner, 20, weight, reduce)
+
+
+def test_non_finite_values(backend):
+    values = torch.tensor([[1.0, math.nan, 2.0, math.inf, -math.inf, math.inf, 3.0]]).reshape(1, 7, 1).repeat(1, 1, 9)
+    owner = torch.tensor([[0, 0, 1, 1, 2, 2, 2]])
+    for reduce in REDUCES:
+        merged, _ = apply(backend, values, owner, 3, reduce=reduce)
+        third = math.inf if reduce == "max" else math.nan
+        expected = torch.tensor([math.nan, math.inf, third])[None, :, None].expand(1, 3, 9)
+        torch.testing.assert_close(merged, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_rounds_to_nearest_even(backend, random, dtype):
+    """Sums of two that lie between two numbers of the type, denormals and overflow included."""
+    bits = torch.randint(0, 2**16, (1, 4096), generator=random).to(torch.uint16).view(dtype)
+    values = torch.stack([bits, bits.roll(1) * 0.375], dim=1).reshape(1, 2, 4096)
+    merged, _ = apply(backend, values, torch.zeros(1, 2, dtype=torch.int64), 1, reduce="sum")
+    expected = (values[:, :1].float() + values[:, 1:].float()).to(dtype)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_strided_views(backend, random, dtype):
+    values = torch.randn(30, 3, 40, generator=random).to(dtype).transpose(0, 1)[:, 1:29:2, 3:36]
+    owner = torch.randint(-1, 6, (14, 3), generator=random).t()
+    weight = (torch.rand(3, 28, generator=random) + 0.5).to(dtype)[:, ::2]
+    for reduce in REDUCES:
+        check(backend, values, owner, 6, weight, reduce)
+
+
+def test_large_output(random):
+    """Beyond the size at which the CPU writes past the caches."""
+    values = torch.randn(2, 1500, 2048, generator=random)
+    owner = torch.arange(1500).clamp_max(1398).expand(2, -1)
+    merged, _ = torch.ops.vtk.merge_apply(values, owner, 1399)
+    assert_same_bits(merged[:, :1398].contiguous(), values[:, :1398].contiguous())
+    torch.testing.assert_close(merged[:, 1398], values[:, 1398:].mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_same_bits_for_any_thread_count(random):
+    values, owner = torch.randn(3, 900, 64, generator=random), torch.randint(-1, 300, (3, 900), generator=random)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.ops.vtk.merge_apply(values, owner, 300))
+    for other in results[1:]:
+        assert_same_bits(other[0], results[0][0])
+        assert_same_bits(other[1], results[0][1])
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_gradient(random, reduce, weighted):
+    values = torch.randn(2, 13, 5, generator=random)
+    owner = torch.randint(-1, 6, (2, 13), generator=random)
+    weight = torch.rand(2, 13, generator=random) + 0.5 if weighted else None
+    upstream = torch.randn(2, 6, 5, generator=random)
+    ours, exact = values.clone().requires_grad_(), values.double().requires_grad_()
+    (torch.ops.vtk.merge_apply(ours, owner, 6, weight=weight, reduce=reduce)[0] * upstream).sum().backward()
+    (reference.merge_apply(exact, owner, 6, weight, reduce)[0] * upstream).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
+
+
+class Float64Merge(torch.autograd.Function):
+    """The reference forward with the family's backward formula."""
+
+    @staticmethod
+    def forward(ctx, values, owner, rows, weight, reduce):
+        merged, total = reference.merge_apply(values, owner, rows, weight, reduce)
+        ctx.saved, ctx.reduce = (owner, weight, total, values.detach(), merged.detach()), reduce
+        return merged
+
+    @staticmethod
+    def backward(ctx, grad):
+        owner, weight, total, values, merged = ctx.saved
+        return family.merge_gradient(grad, owner, weight, total, ctx.reduce, values, merged), None, None, None, None
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_gradcheck_in_float64(random, reduce, weighted):
+    """The ops take no float64; their backward formula is plain torch and does."""
+    values = torch.randn(2, 9, 3, generator=random, dtype=torch.float64).requires_grad_()
+    owner = torch.randint(-1, 5, (2, 9), generator=random)
+    weight = torch.rand(2, 9, generator=random, dtype=torch.float64) + 0.5 if weighted else None
+    assert torch.autograd.gradcheck(lambda x: Float64Merge.apply(x, owner, 5, weight, reduce), values)
+
+
+def test_gradient_of_a_maximum_goes_to_its_first_token():
+    values = torch.tensor([[[2.0], [5.0], [5.0], [math.nan], [1.0]]]).requires_grad_()
+    merged, _ = torch.ops.vtk.merge_apply(values, torch.tensor([[0, 0, 0, 1, 1]]), 3, reduce="max")
+    merged.nan_to_num().sum().backward()
+    assert values.grad[0, :, 0].tolist() == [0, 1, 0, 0, 0]
+
+
+def test_gradient_in_bfloat16(random):
+    values = torch.randn(1, 6, 4, generator=random).bfloat16().requires_grad_()
+    merged, _ = torch.ops.vtk.merge_apply(values, torch.tensor([[0, 0, 0, 1, 2, 2]]), 3)
+    merged.sum().backward()
+    assert values.grad.dtype == torch.bfloat16
+    expected = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1, 0.5, 0.5]).bfloat16()
+    assert_same_bits(values.grad[0, :, 0].contiguous(), expected)
+
+
+def test_compiles_whole(random):
+    def merge(values, owner, weight):
+        merged, total = torch.ops.vtk.merge_apply(values * 2, owner, 4, weight=weight.exp())
+        return merged + 1, total
+
+    values, owner = (
+        torch.randn(2, 9, 6, generator=random).requires_grad_(),
+        torch.randint(0, 4, (2, 9), generator=random),
+    )
+    weight = torch.randn(2, 9, generator=random)
+    merged, _ = torch.compile(merge, fullgraph=True, backend="aot_eager")(values, owner, weight)
+    assert_same_bits(merged.detach(), merge(values, owner, weight)[0].detach())
+    merged.sum().backward()
+    assert (values.grad != 0).all()
+
+
+# Bad input.
+
+X, OWNER = torch.zeros(2, 6, 3), torch.zeros(2, 6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op(X[0], OWNER, 2), r"values of shape \[B, N, D\], got \[6, 3\]"),
+        (lambda op: op(X.double(), OWNER, 2), r"values of dtype float32, float16 or bfloat16, got float64"),
+        (lambda op: op(X.transpose(1, 2), OWNER, 2), r"values with a contiguous last dimension"),
+        (lambda op: op(X, OWNER, -1), r"out_len >= 0, got -1"),
+        (lambda op: op(X, OWNER[:, :5], 2), r"owner.shape = \[B, N\] = \[2, 6\], got \[2, 5\]"),
+        (lambda op: op(X, OWNER.int(), 2), r"owner of dtype int64, got int32"),
+        (lambda op: op(X, OWNER, 2, reduce="median"), r'reduce to be .* got "median"'),
+        (lambda op: op(X, OWNER, 2, weight=X), r"weight.shape = \[B, N\] = \[2, 6\], got \[2, 6, 3\]"),
+        (lambda op: op(X, OWNER, 2, weight=OWNER), r"weight of dtype float32, float16 or bfloat16, got int64"),
+    ],
+)
+def test_errors(backend, call, message):
+    if backend.name == "cuda":
+        pytest.skip("the checks are compiled from the same source; CPU tensors reach them")
+    with pytest.raises(RuntimeError, match="vtk(_simt)?::merge_apply.*" + message):
+        call(backend.ops.merge_apply)
+
+
+def test_owners_that_are_no_row(backend):
+    values = torch.tensor([[[1.0], [2.0], [3.0]]])
+    for bad in (2, -2, 2**40, -(2**63)):
+        owner = torch.tensor([[0, bad, 1]])
+        if backend.checks_values:
+            with pytest.raises(RuntimeError, match=rf"vtk::merge_apply: .*out_len = 2, got owner\[0, 1\] = {bad}"):
+                apply(backend, values, owner, 2)
+        else:
+            assert apply(backend, values, owner, 2)[0].flatten().tolist() == [1.0, 3.0]
+    if backend.checks_values:
+        with pytest.raises(RuntimeError, match="out_len = 0"):
+            apply(backend, values, torch.zeros(1, 3, dtype=torch.int64), 0)
+
+
+def test_weights_that_are_no_sizes(backend):
+    values, owner = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[0, 0, 1]])
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        weight = torch.tensor([[1.0, bad, 1.0]])
+        if backend.checks_values:
+            with pytest.raises(
+                RuntimeError, match=r"vtk::merge_apply: expected weight > 0 and finite, got weight\[0, 1"
+            ):
+                apply(backend, values, owner, 2, weight)
+        else:
+            expected = (1 + 2 * torch.tensor(bad)) / (1 + torch.tensor(bad))
+            torch.testing.assert_close(apply(backend, values, owner, 2, weight)[0][0, 0, 0], expected, equal_nan=True)
