@@ -17,6 +17,9 @@ from vtkernels.zoo.embedded import evaluate, report
 from vtkernels.zoo.embedded.model import VOCABULARY, WEIGHTS
 from vtkernels.zoo.embedded.questions import Question
 
+pytestmark = pytest.mark.skipif(
+    not (WEIGHTS / "model.safetensors").exists(), reason="the embedded model is not trained yet (docs/embedded.md)"
+)
 KEEP = 28  # of 256 tokens, 0.11
 QUESTIONS = 200
 # Accuracy of each method on the fixed questions, in per cent, by `python -m tests.models.test_embedded`.
@@ -153,7 +156,21 @@ def test_the_draft_model_saves_verifications(model_and_processor):
 def test_demo_answers_and_draws(tmp_path, arguments):
     out = tmp_path / "demo.png"
     run = CliRunner().invoke(
-        cli.app, ["demo", "--rounds", "1", "--method", "fastervlm", "--out", str(out), "--device", "cpu", *arguments]
+        cli.app,
+        [
+            "demo",
+            "--geometry",
+            "embedded",
+            "--rounds",
+            "1",
+            "--method",
+            "fastervlm",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            *arguments,
+        ],
     )
     assert run.exit_code == 0, run.output
     assert out.stat().st_size > 10_000

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from vtkernels import cli
+from vtkernels.zoo import embedded
 from vtkernels.zoo.embedded import ask, questions, scenes, train, videos
 from vtkernels.zoo.embedded.model import VOCABULARY, processor
 
@@ -164,3 +167,14 @@ def interrupted(advance, at):
         return advance(run)
 
     return wrapped
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    for load in (embedded.load, embedded.load_draft):
+        with pytest.raises(FileNotFoundError, match=f"no trained weights in {tmp_path}"):
+            load(tmp_path)
+
+
+def test_the_demo_says_what_videos_need():
+    run = CliRunner().invoke(cli.app, ["demo", "--video"])
+    assert run.exit_code == 1 and "--geometry embedded" in run.output

@@ -126,18 +126,25 @@ def processor() -> LlavaProcessor:
 
 
 def load(path: Path = WEIGHTS, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-    """The embedded model and its processor.
+    """The embedded model and its processor, in evaluation mode.
 
-    Example:
-        >>> model, processor = load()
-        >>> model.config.model_type
-        'llava'
+    Raises:
+        FileNotFoundError: ``path`` holds no trained weights.
     """
+    _need_weights(path)
     model: Any = LlavaForConditionalGeneration.from_pretrained(path, local_files_only=True)
     return model.to(device).eval(), LlavaProcessor.from_pretrained(path, local_files_only=True)
 
 
 def load_draft(path: Path = WEIGHTS / "draft", device: torch.device | str = "cpu") -> Any:
     """The draft model: a Llama over the embedded model's vocabulary and projected visual tokens."""
+    _need_weights(path)
     draft: Any = LlamaForCausalLM.from_pretrained(path, local_files_only=True)
     return draft.to(device).eval()
+
+
+def _need_weights(path: Path) -> None:
+    if not (path / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"no trained weights in {path}: `python -m vtkernels.zoo.embedded.train --out FOLDER` makes them"
+        )
