@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from enum import Enum
 from pathlib import Path
 
 import typer
@@ -13,24 +14,82 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Visual Token
 console = Console()
 
 
+class Geometry(str, Enum):
+    """What the demonstration runs on."""
+
+    embedded = "embedded"
+    clip_l = "clip-l"
+
+
 @app.command()
 def demo(
-    image: Path | None = typer.Option(None, help="A picture; default: a photograph from scikit-image."),
-    model: Path | None = typer.Option(None, help="A local Hugging Face LLaVA checkpoint; default: random weights."),
+    image: Path | None = typer.Option(None, help="A picture; default: a rendered scene, or a photograph (clip-l)."),
+    geometry: Geometry = typer.Option(
+        Geometry.clip_l, help="Random weights at LLaVA-1.5's CLIP-L/336 geometry, or the embedded model (once trained)."
+    ),
+    model: Path | None = typer.Option(None, help="A local Hugging Face LLaVA checkpoint instead."),
     method: list[str] = typer.Option(["fastervlm", "hiprune", "todre"], help="Pruning method, repeatable."),
     keep: int = typer.Option(64, help="Visual tokens to keep of each image."),
-    question: str = typer.Option("What is in this picture?", help="Asked of a checkpoint."),
-    new_tokens: int = typer.Option(16, help="Tokens to decode."),
+    question: str | None = typer.Option(None, help="Asked instead of the scene's questions."),
+    video: bool = typer.Option(False, help="A rendered video of eight frames, for the embedded model."),
+    seed: int = typer.Option(0, help="Which held-out scene or video is rendered."),
+    new_tokens: int = typer.Option(16, help="Tokens to decode where the right answer is not known."),
     rounds: int = typer.Option(3, help="Timed repetitions; the table has their medians."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     out: Path = typer.Option(Path("demo.png"), help="Where to draw the kept patches."),
 ) -> None:
-    """Prunes the visual tokens of a real VLM with our kernels and shows what that saves."""
-    _need("transformers", "skimage", "matplotlib", "PIL")
+    """Prunes the visual tokens of a VLM with our kernels: its answers, what that saves, and which patches stay."""
+    _need("transformers", "skimage", "sklearn", "matplotlib", "PIL")
     from vtkernels import demo as run
 
+    if video and (geometry is not Geometry.embedded or model is not None):
+        _stop("--video shows the embedded model: add --geometry embedded, without --model")
     try:
-        run.main(console, image, model, method, keep, question, new_tokens, rounds, device, out)
+        where = run.device_of(device)
+        with console.status("loading the model"):
+            if model is not None:
+                subject = run.checkpoint_subject(model, image, question, new_tokens, where)
+            elif geometry is Geometry.clip_l:
+                subject = run.random_subject(image, new_tokens, where)
+            else:
+                subject = run.embedded_subject(image, question, video, seed, where)
+        run.main(console, subject, method, keep, rounds, out)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        _stop(str(error))
+
+
+@app.command(name="eval")
+def evaluate(
+    methods: str = typer.Option("all", help="Names of methods, comma-separated, or all; the baselines always run."),
+    keep: str = typer.Option("0.5,0.25,0.11,0.05", help="Budgets: parts of the visual tokens, comma-separated."),
+    questions: int = typer.Option(504, help="Held-out questions, rounded up to whole scenes (6) or videos (3)."),
+    video: bool = typer.Option(False, help="Ask about videos of eight frames."),
+    rounds: int = typer.Option(3, help="Timed repetitions; the table has their medians."),
+    seed: int = typer.Option(0, help="Which held-out scenes."),
+    model: Path | None = typer.Option(None, help="A folder that the training wrote; default: the embedded model."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    out: Path = typer.Option(Path("eval"), help="Folder of eval.json and eval.png."),
+) -> None:
+    """Measures what every method's selection costs in answers and saves in time, on the embedded model."""
+    _need("transformers", "sklearn", "matplotlib", "PIL")
+    from vtkernels import demo as run
+    from vtkernels import zoo
+    from vtkernels.zoo.embedded import evaluate as evaluation
+
+    try:
+        names = [m.name for m in zoo.methods()] if methods == "all" else methods.split(",")
+        evaluation.main(
+            console,
+            folder=model,
+            methods=names,
+            keeps=[float(part) for part in keep.split(",")],
+            video=video,
+            count=questions,
+            rounds=rounds,
+            seed=seed,
+            device=run.device_of(device),
+            out=out,
+        )
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         _stop(str(error))
 

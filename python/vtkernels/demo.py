@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from vtkernels import zoo
+from vtkernels.zoo.measure import Cost, measure
 
 # CLIP-L/336 as in LLaVA-1.5 and a decoder small enough for a laptop: 0.30 + 0.47 billion parameters.
 VISION: dict[str, Any] = {
@@ -44,84 +45,112 @@ IMAGE_TOKEN = 32000
 PROMPT_LENGTH = 44  # text tokens of LLaVA-1.5's template with a short question
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One question about the picture: the processor's inputs, and the right answer where it is known."""
+
+    inputs: dict[str, Tensor]
+    text: str = ""
+    right: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, a picture or a video's frames, and questions about them; the last question is the one that is timed.
+
+    ``decode`` turns ids into text; None when the text means nothing.
+    """
+
+    model: Any
+    pictures: list[Image.Image]
+    prompts: list[Prompt]
+    new_tokens: int
+    decode: Callable[[Tensor], str] | None = None
+    note: str = ""
+
+
 @dataclass
 class Measured:
-    """One row of the table: medians over the rounds, milliseconds."""
+    """One row of the timing table."""
 
     tokens: int
-    kv_bytes: int = 0
-    prefill: list[float] = field(default_factory=list)
-    vision: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    answer: str = ""
+    costs: list[Cost] = field(default_factory=list)
+
+    def milliseconds(self, name: str) -> float:
+        return statistics.median(getattr(cost, name) for cost in self.costs) * 1e3
 
 
-def main(
-    console: Console,
-    image_path: Path | None,
-    checkpoint: Path | None,
-    methods: list[str],
-    keep: int,
-    question: str,
-    new_tokens: int,
-    rounds: int,
-    device_name: str,
-    out: Path,
-) -> None:
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
+def main(console: Console, subject: Subject, methods: list[str], keep: int, rounds: int, out: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
-    picture = load_picture(image_path)
-    with console.status("loading the model"):
-        if checkpoint is None:
-            model, inputs, decode_text = random_model(picture, device)
-        else:
-            model, inputs, decode_text = checkpoint_model(checkpoint, picture, question, device)
-    if checkpoint is None:
-        console.print(
-            "[yellow]Random weights at CLIP-L/336 geometry: timings and the selection are real, the text is not.[/] "
-            "Give --model PATH for answers."
-        )
-
+    if subject.note:
+        console.print(subject.note)
     attach: dict[str, Callable[[], Any]] = {"all tokens": contextlib.nullcontext}
     for name in methods:
-        attach[name] = functools.partial(zoo.apply, model, name, keep)
+        attach[name] = functools.partial(zoo.apply, subject.model, name, keep)
     results: dict[str, Measured] = {}
+    answers: dict[str, list[str]] = {}
     kept: dict[str, Tensor] = {}
     grid = (0, 0)
-    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=(rounds + 1) * len(attach))
-        for turn in range(rounds + 1):  # the first turn warms up
+        for turn in range(rounds + 1):  # the first turn warms up and answers
             for name, attached in attach.items():
                 with attached() as handle:
-                    run_once(model, inputs, new_tokens, results, name, decode_text, record=turn > 0)
+                    if turn == 0 and subject.decode is not None:
+                        answers[name] = [answer(subject, prompt) for prompt in subject.prompts]
+                    inputs = subject.prompts[-1].inputs
+                    cost = measure(subject.model, inputs, subject.new_tokens)
+                    if turn == 0:
+                        results[name] = Measured(tokens=inputs["input_ids"].shape[1])
+                    else:
+                        results[name].costs.append(cost)
                     if handle is not None:
-                        kept[name], grid = handle.last.indices[0].cpu(), handle.last.grid
+                        kept[name], grid = handle.last.indices.cpu(), handle.last.grid
                         results[name].tokens = handle.last.tokens_after[0]
                 progress.advance(task)
 
-    console.print(table_of(results, model, device))
-    vision_share = statistics.median(results["all tokens"].vision) / statistics.median(results["all tokens"].prefill)
+    if answers:
+        console.print(answers_table(subject, answers))
+    console.print(timing_table(results, subject.model))
+    vision_share = results["all tokens"].milliseconds("vision") / results["all tokens"].milliseconds("prefill")
     console.print(
         f"The vision tower is {vision_share:.0%} of the untouched prefill and stays: no pruning after it can make the "
         f"prefill more than {1 / vision_share:.1f}x faster."
     )
-    for name, result in results.items():
-        if result.answer:
-            console.print(f"[bold]{name}[/]: {result.answer}", highlight=False)
-    draw(picture, kept, grid, out)
+    draw(subject.pictures, kept, grid, out)
     console.print(f"wrote {out}: the kept patches of {', '.join(kept)}")
 
 
-def load_picture(path: Path | None) -> Image.Image:
-    if path is not None:
-        return Image.open(path).convert("RGB")
-    import skimage.data
-
-    return Image.fromarray(skimage.data.astronaut())
+def device_of(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def random_model(picture: Image.Image, device: torch.device) -> tuple[Any, dict[str, Tensor], None]:
+def embedded_subject(image: Path | None, question: str | None, video: bool, seed: int, device: torch.device) -> Subject:
+    """The embedded model, on a held-out scene or video with a question of every task, or on the caller's picture."""
+    from vtkernels.zoo import embedded
+
+    model, processor = embedded.load(device=device)
+    if image is None:
+        (picture,), asked = embedded.drawn(1, video, seed)
+    else:
+        picture, asked = Image.open(image).convert("RGB"), []
+    texts = [(question, None)] if question else [(q.text, q.answer) for q in asked]
+    texts = texts or [("describe the picture.", None)]
+    prompts = [Prompt(embedded.ask(processor, [picture], [text], device), text, right) for text, right in texts]
+    longest = prompts[-1].right
+    return Subject(
+        model=model,
+        pictures=picture if isinstance(picture, list) else [picture],
+        prompts=prompts,
+        new_tokens=16 if longest is None else len(processor.tokenizer(longest).input_ids),
+        decode=lambda ids: processor.decode(ids, skip_special_tokens=True),
+        note="The embedded model, on a scene that its training never saw." if image is None else "",
+    )
+
+
+def random_subject(image: Path | None, new_tokens: int, device: torch.device) -> Subject:
     """A LLaVA with random weights, and the inputs that LLaVA-1.5's processor would make."""
+    picture = load_picture(image)
     torch.manual_seed(0)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
@@ -137,15 +166,21 @@ def random_model(picture: Image.Image, device: torch.device) -> tuple[Any, dict[
     pixel_values = torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1).copy())[None]
     text = torch.randint(3, 32000, (PROMPT_LENGTH,), generator=torch.Generator().manual_seed(0))
     ids = torch.cat([torch.tensor([1]), text[:34], torch.full((576,), IMAGE_TOKEN), text[34:]])[None]
-    return model, {"input_ids": ids.to(device), "pixel_values": pixel_values.to(device)}, None
+    inputs = {"input_ids": ids.to(device), "pixel_values": pixel_values.to(device)}
+    note = (
+        "[yellow]Random weights at CLIP-L/336 geometry: timings and the selection are real, and there is no text.[/] "
+        "The embedded model and --model PATH answer."
+    )
+    return Subject(model, [picture], [Prompt(inputs)], new_tokens, note=note)
 
 
-def checkpoint_model(
-    path: Path, picture: Image.Image, question: str, device: torch.device
-) -> tuple[Any, dict[str, Tensor], Callable[[list[int]], str]]:
-    """A local checkpoint, its processor's inputs for the question, and its detokenizer."""
+def checkpoint_subject(
+    path: Path, image: Path | None, question: str | None, new_tokens: int, device: torch.device
+) -> Subject:
+    """A local checkpoint, and its processor's inputs for the question."""
     if not path.exists():
         raise OSError(f"no checkpoint at {path}")
+    picture, question = load_picture(image), question or "What is in this picture?"
     processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
     model: Any = transformers.AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
     if processor.chat_template:
@@ -154,80 +189,71 @@ def checkpoint_model(
     else:
         prompt = f"USER: <image>\n{question} ASSISTANT:"
     inputs = processor(images=picture, text=prompt, return_tensors="pt").to(device, model.dtype)
-    return model.to(device).eval(), dict(inputs), lambda ids: processor.decode(ids, skip_special_tokens=True)
+    return Subject(
+        model=model.to(device).eval(),
+        pictures=[picture],
+        prompts=[Prompt(dict(inputs), question)],
+        new_tokens=new_tokens,
+        decode=lambda ids: processor.decode(ids, skip_special_tokens=True),
+    )
 
 
-def run_once(
-    model: Any,
-    inputs: dict[str, Tensor],
-    new_tokens: int,
-    results: dict[str, Measured],
-    name: str,
-    decode_text: Callable[[list[int]], str] | None,
-    record: bool,
-) -> None:
-    """One prefill and ``new_tokens`` greedy steps; the prompt is one row without padding, so no mask is needed."""
-    prompt = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    result = results.setdefault(name, Measured(tokens=inputs["input_ids"].shape[1]))
-    vision: list[float] = []
-    hooks = [
-        model.model.vision_tower.register_forward_pre_hook(lambda *_: vision.append(_now(model.device))),
-        model.model.vision_tower.register_forward_hook(lambda *_: vision.append(_now(model.device))),
-    ]
-    begin = _now(model.device)
-    out = model(**prompt, use_cache=True, logits_to_keep=1)
-    prefill = _now(model.device) - begin
-    for hook in hooks:
-        hook.remove()
+def load_picture(path: Path | None) -> Image.Image:
+    if path is not None:
+        return Image.open(path).convert("RGB")
+    import skimage.data
 
-    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    ids = [token.item()]
-    begin = _now(model.device)
-    for _ in range(new_tokens - 1):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-        ids.append(token.item())
-    decode = (_now(model.device) - begin) / max(1, new_tokens - 1)
-    result.kv_bytes = kv_bytes
-    if record:
-        result.prefill.append(prefill * 1e3)
-        result.vision.append((vision[1] - vision[0]) * 1e3)
-        result.decode.append(decode * 1e3)
-    if decode_text is not None:
-        result.answer = decode_text(ids).strip()
+    return Image.fromarray(skimage.data.astronaut())
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+@torch.inference_mode()
+def answer(subject: Subject, prompt: Prompt) -> str:
+    """The greedy answer, as long as the model makes it."""
+    assert subject.decode is not None
+    length = prompt.inputs["input_ids"].shape[1]
+    ids = subject.model.generate(**prompt.inputs, max_new_tokens=max(64, subject.new_tokens), do_sample=False)
+    return subject.decode(ids[0, length:]).strip()
 
 
-def table_of(results: dict[str, Measured], model: Any, device: torch.device) -> Table:
+def answers_table(subject: Subject, answers: dict[str, list[str]]) -> Table:
+    known = any(prompt.right is not None for prompt in subject.prompts)
+    table = Table(title="answers", show_lines=True)
+    for heading in ("question", *(["right"] if known else []), *answers):
+        table.add_column(heading, overflow="fold")
+    for index, prompt in enumerate(subject.prompts):
+        given = [answers[name][index] for name in answers]
+        if prompt.right is not None:
+            given = [prompt.right, *(f"[{'green' if a == prompt.right else 'red'}]{a}[/]" for a in given)]
+        table.add_row(prompt.text, *given)
+    return table
+
+
+def timing_table(results: dict[str, Measured], model: Any) -> Table:
+    device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     attention = model.config.text_config._attn_implementation
-    table = Table(title=f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}"
+    )
     for heading in ("method", "tokens", "prefill ms", "vision", "decode ms", "KV MiB", "prefill", "decode"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     base = results["all tokens"]
-    median = statistics.median
     for name, r in results.items():
+        speedups = {n: base.milliseconds(n) / r.milliseconds(n) for n in ("prefill", "decode")}
         table.add_row(
             name,
             str(r.tokens) if r is base else f"{base.tokens} -> {r.tokens}",
-            f"{median(r.prefill):.0f}",
-            f"{median(r.vision):.0f}",
-            f"{median(r.decode):.1f}",
-            f"{r.kv_bytes / 2**20:.1f}",
-            "" if r is base else f"{median(base.prefill) / median(r.prefill):.2f}x",
-            "" if r is base else f"{median(base.decode) / median(r.decode):.2f}x",
+            f"{r.milliseconds('prefill'):.1f}",
+            f"{r.milliseconds('vision'):.1f}",
+            f"{r.milliseconds('decode'):.2f}",
+            f"{r.costs[0].kv_bytes / 2**20:.2f}",
+            *("" if r is base else f"{speedups[n]:.2f}x" for n in speedups),
         )
     return table
 
 
-def draw(picture: Image.Image, kept: dict[str, Tensor], grid: tuple[int, int], out: Path) -> None:
-    """The picture as the encoder sees it, and for each method the same with the dropped patches dimmed."""
+def draw(pictures: list[Image.Image], kept: dict[str, Tensor], grid: tuple[int, int], out: Path) -> None:
+    """Each picture as the encoder sees it, and below it for each method the same with the dropped patches dimmed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,16 +261,22 @@ def draw(picture: Image.Image, kept: dict[str, Tensor], grid: tuple[int, int], o
 
     height, width = grid
     cell = 14
-    view = np.asarray(picture.resize((width * cell, height * cell), Image.Resampling.BICUBIC)) / 255
-    figure, axes = plt.subplots(1, 1 + len(kept), figsize=(4 * (1 + len(kept)), 4.4), squeeze=False)
-    axes[0, 0].imshow(view)
-    axes[0, 0].set_title(f"all {height * width} tokens")
-    for axis, (name, indices) in zip(axes[0, 1:], kept.items(), strict=True):
-        mask = np.zeros(height * width)
-        mask[indices.numpy()] = 1
-        mask = mask.reshape(height, width).repeat(cell, 0).repeat(cell, 1)[..., None]
-        axis.imshow(view * (0.22 + 0.78 * mask))
-        axis.set_title(f"{name}: {len(indices)} kept")
+    # One picture: the methods side by side. A video: its frames side by side, the methods one below the other.
+    down, across = (1, 1 + len(kept)) if len(pictures) == 1 else (1 + len(kept), len(pictures))
+    side = 4 if len(pictures) == 1 else 2
+    figure, axes = plt.subplots(down, across, figsize=(side * across, (side + 0.4) * down), squeeze=False)
+    axes = axes.reshape(1 + len(kept), len(pictures))
+    for index, picture in enumerate(pictures):
+        view = np.asarray(picture.resize((width * cell, height * cell), Image.Resampling.BICUBIC)) / 255
+        axes[0, index].imshow(view)
+        for axis, indices in zip(axes[1:, index], kept.values(), strict=True):
+            mask = np.zeros(height * width)
+            mask[indices[index].numpy()] = 1
+            mask = mask.reshape(height, width).repeat(cell, 0).repeat(cell, 1)[..., None]
+            axis.imshow(view * (0.22 + 0.78 * mask))
+    titles = [f"all {height * width} tokens", *(f"{name}: {i.shape[1]} kept" for name, i in kept.items())]
+    for axis, title in zip(axes[:, 0], titles, strict=True):
+        axis.set_title(title)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
