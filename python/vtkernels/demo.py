@@ -232,10 +232,19 @@ def timing_table(results: dict[str, Measured], model: Any) -> Table:
     device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     attention = model.config.text_config._attn_implementation
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}"
+    title = f"{type(model).__name__} on {where}, {model.dtype}, attention: {attention}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
+    headings = (
+        "method",
+        "tokens",
+        "prefill\nms",
+        "vision\nms",
+        "decode\nms",
+        "KV\nMiB",
+        "prefill\nspeed-up",
+        "decode\nspeed-up",
     )
-    for heading in ("method", "tokens", "prefill ms", "vision", "decode ms", "KV MiB", "prefill", "decode"):
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     base = results["all tokens"]
     for name, r in results.items():
