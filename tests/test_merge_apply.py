@@ -215,6 +215,7 @@ X, OWNER = torch.zeros(2, 6, 3), torch.zeros(2, 6, dtype=torch.int64)
         (lambda op: op(X[0], OWNER, 2), r"values of shape \[B, N, D\], got \[6, 3\]"),
         (lambda op: op(X.double(), OWNER, 2), r"values of dtype float32, float16 or bfloat16, got float64"),
         (lambda op: op(X.transpose(1, 2), OWNER, 2), r"values with a contiguous last dimension"),
+        (lambda op: op(torch.zeros(0, 6, 2**26 + 1), OWNER[:0], 2), r"values with at most 67108864 channels"),
         (lambda op: op(X, OWNER, -1), r"out_len >= 0, got -1"),
         (lambda op: op(X, OWNER[:, :5], 2), r"owner.shape = \[B, N\] = \[2, 6\], got \[2, 5\]"),
         (lambda op: op(X, OWNER.int(), 2), r"owner of dtype int64, got int32"),

@@ -73,6 +73,7 @@ X, OWNER = torch.zeros(2, 6, 3), torch.zeros(2, 9, dtype=torch.int64)
         (lambda op: op(X[0], OWNER), r"merged of shape \[B, M, D\], got \[6, 3\]"),
         (lambda op: op(X.double(), OWNER), r"merged of dtype float32, float16 or bfloat16, got float64"),
         (lambda op: op(X.transpose(1, 2), OWNER), r"merged with a contiguous last dimension"),
+        (lambda op: op(torch.zeros(0, 6, 2**26 + 1), OWNER[:0]), r"merged with at most 67108864 channels"),
         (lambda op: op(X, OWNER[0]), r"owner of shape \[B, N\], got \[9\]"),
         (lambda op: op(X, OWNER[:1]), r"owner.shape = \[B, N\] = \[2, 9\], got \[1, 9\]"),
         (lambda op: op(X, OWNER.int()), r"owner of dtype int64, got int32"),

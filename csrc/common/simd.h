@@ -110,6 +110,9 @@ static inline uint32_t mask_bits(i32v mask) {
 #endif
 }
 
+constexpr int64_t kStreamBytes = 16 << 20;     // larger outputs leave the caches anyway: write past them
+constexpr int64_t kCopyGrainBytes = 64 << 10;  // of copied rows that pay for a fork
+
 // Copies past the caches: for outputs that do not fit them anyway, so that no line is read before it is written.
 static inline void stream_copy(char* to, const char* from, size_t bytes) {
 #if defined(__AVX2__)

@@ -14,6 +14,9 @@ namespace vtk {
 // A kernel that uses more than 48 KiB, static and dynamic together, must opt in. Static use stays under 32 KiB.
 inline constexpr size_t kOptInDynamicBytes = 16 << 10;
 
+// Blocks that occupy a large GPU. Not asked of the device: how work is split must not depend on where it runs.
+inline constexpr int64_t kFillBlocks = 512;
+
 struct LaunchShape {
   dim3 grid;
   dim3 block;

@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/empty.h"
 #include "merge/merge_apply.h"
+#include "merge/owner_argument.h"
 
 namespace vtk {
 
@@ -14,6 +15,7 @@ inline void set_values(const char* op, const char* name, MergeApplyParams& p, co
   check_dim(op, name, values, 3, "[B, N, D]");
   p.dtype = float_dtype(op, name, values);
   check_contiguous_last(op, name, values);
+  check_width(op, name, values);
   p.batch = check_count(op, "batch size", values.size(0));
   p.num_tokens = check_count(op, "token count", values.size(1));
   p.channels = check_count(op, "channel count", values.size(2));

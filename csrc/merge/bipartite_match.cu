@@ -31,7 +31,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int64_t kFillBlocks = 512;  // blocks that occupy a large GPU
 constexpr int32_t kSurvives = -1, kDropped = -2;
 constexpr float kInfinity = INFINITY;
 

@@ -16,9 +16,11 @@
 #include <functional>
 #include <limits>
 
+#include "common/order_key.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "device/tile.h"
 
 namespace vtk {
 namespace VTK_ISA {
@@ -31,8 +33,6 @@ constexpr int64_t kWorkGrain = 1 << 17;  // multiply-adds that pay for a fork
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 bool is_protected(const BipartiteMatchParams& p, int64_t b, int64_t n) {
   return p.protect.data != nullptr && p.protect.data[b * p.protect.stride_row + n * p.protect.stride_col];
 }
@@ -43,13 +43,7 @@ bool is_source(const BipartiteMatchParams& p, int64_t b, int64_t n) {
 
 // Larger is more similar, NaN below everything; among equal similarities the earlier source.
 uint64_t edge_rank(float similarity, int32_t source) {
-  uint32_t bits = 1;
-  if (similarity == similarity) {
-    similarity += 0.0f;  // -0 and +0 are one similarity
-    std::memcpy(&bits, &similarity, sizeof bits);
-    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
-  }
-  return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(source));
+  return uint64_t{order_key(similarity)} << 32 | (0xffffffffu - static_cast<uint32_t>(source));
 }
 
 int32_t source_of(uint64_t rank) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank)); }
@@ -81,7 +75,7 @@ class Matcher {
         destinations_(scratch<int32_t>(p.num_tokens)),
         owner_(p.owner + b * p.num_tokens) {
     split();
-    const int64_t padded = round_up(num_sources_, kGroup);
+    const int64_t padded = round_up<int64_t>(num_sources_, kGroup);
     source_units_ = scratch<float>(padded * p.channels);
     destination_units_ = scratch<float>(int64_t{num_destinations_} * p.channels);
     best_ = scratch<float>(padded);
@@ -148,7 +142,7 @@ class Matcher {
   // The best destination of the sources of a block. A NaN is never better; the first of equals stays.
   void match(int32_t first) {
     const int32_t end = std::min(first + kBlock, num_sources_);
-    const int64_t padded = round_up(end - first, kGroup);
+    const int64_t padded = round_up<int64_t>(end - first, kGroup);
     std::fill_n(&best_[first], padded, -kInfinity);
     std::fill_n(&partner_[first], padded, 0);
     for (int32_t d = 0; d < num_destinations_; d += kTileDestinations) {

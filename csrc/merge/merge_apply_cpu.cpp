@@ -18,9 +18,6 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int64_t kStreamBytes = 16 << 20;  // larger outputs leave the caches anyway: write past them
-constexpr int64_t kGrainBytes = 64 << 10;   // of output rows that pay for a fork
-
 float weight_at(const MergeApplyParams& p, int64_t b, int64_t n) {
   const int64_t index = b * p.weight_stride_batch + n * p.weight_stride_token;
   switch (p.weight_dtype) {
@@ -44,7 +41,7 @@ struct Groups {
 void group(const MergeApplyParams& p, int64_t b, const Groups& groups) {
   const int64_t* owner = p.owner + b * p.owner_stride_batch;
   auto owner_of = [&](int32_t n) { return owner[n * p.owner_stride_token]; };
-  std::fill_n(groups.first, p.out_len + 1, 0);
+  std::fill_n(groups.first, int64_t{p.out_len} + 1, 0);
   for (int32_t n = 0; n < p.num_tokens; ++n)
     if (owner_of(n) >= 0) ++groups.first[owner_of(n) + 1];
   for (int32_t m = 0; m < p.out_len; ++m) groups.first[m + 1] += groups.first[m];
@@ -139,7 +136,7 @@ template <class T>
 void merge_rows(const MergeApplyParams& p, int32_t* first, Member* members) {
   const int64_t row_bytes = std::max<int64_t>(1, p.channels * sizeof(T));
   const bool stream = p.batch * p.out_len * row_bytes > kStreamBytes;
-  parallel_for(int64_t{p.batch} * p.out_len, std::max<int64_t>(1, kGrainBytes / row_bytes),
+  parallel_for(int64_t{p.batch} * p.out_len, std::max<int64_t>(1, kCopyGrainBytes / row_bytes),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t b = i / p.out_len;

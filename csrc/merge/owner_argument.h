@@ -1,8 +1,15 @@
-// The checks of an owner map.
+// The checks that ops on an owner map share: the map, and the width of its rows.
 #pragma once
 #include "common/check.h"
 
 namespace vtk {
+
+inline constexpr int64_t kMaxChannels = 1 << 26;  // kernels count the elements of 16 rows in 32 bits
+
+inline void check_width(const char* op, const char* name, const Tensor& rows) {
+  VTK_CHECK(op, rows.size(2) <= kMaxChannels, "expected ", name, " with at most ", kMaxChannels, " channels, got ",
+            shape_text(rows));
+}
 
 // The CPU reads the map; on CUDA the kernels take an entry outside [0, rows) as dropped.
 inline void check_owner(const char* op, const Tensor& owner, int64_t batch, int64_t tokens,

@@ -16,6 +16,7 @@ Tensor unmerge(const Tensor& merged, const Tensor& owner) {
   check_dim(kOp, "merged", merged, 3, "[B, M, D]");
   float_dtype(kOp, "merged", merged);
   check_contiguous_last(kOp, "merged", merged);
+  check_width(kOp, "merged", merged);
   check_dim(kOp, "owner", owner, 2, "[B, N]");
   UnmergeParams p = {};
   p.batch = check_count(kOp, "batch size", merged.size(0));

@@ -16,9 +16,9 @@ constexpr int kTokens = 8;  // of a block
 template <class Vector>
 __global__ void __launch_bounds__(kThreads) unmerge_kernel(const __grid_constant__ UnmergeParams p, int32_t blocks) {
   const int32_t b = blockIdx.x / blocks, first = blockIdx.x % blocks * kTokens;
-  const int64_t vectors = p.row_bytes / sizeof(Vector);
-  for (int64_t e = threadIdx.x; e < min(kTokens, p.num_tokens - first) * vectors; e += kThreads) {
-    const int32_t n = first + static_cast<int32_t>(e / vectors);
+  const int32_t vectors = static_cast<int32_t>(p.row_bytes / sizeof(Vector));
+  for (int32_t e = threadIdx.x; e < min(kTokens, p.num_tokens - first) * vectors; e += kThreads) {
+    const int32_t n = first + e / vectors;
     const int64_t row = p.owner[b * p.owner_stride_batch + n * p.owner_stride_token];
     Vector x = {};
     if (row >= 0 && row < p.num_rows)

@@ -11,9 +11,6 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int64_t kStreamBytes = 16 << 20;  // larger outputs leave the caches anyway: write past them
-constexpr int64_t kGrainBytes = 64 << 10;   // of output rows that pay for a fork
-
 void copy_row(const UnmergeParams& p, int64_t b, int64_t n, bool stream) {
   const int64_t row = p.owner[b * p.owner_stride_batch + n * p.owner_stride_token];
   char* to = p.out + (b * p.num_tokens + n) * p.row_bytes;
@@ -31,7 +28,7 @@ void copy_row(const UnmergeParams& p, int64_t b, int64_t n, bool stream) {
 void unmerge_cpu(const UnmergeParams& p) {
   const int64_t rows = int64_t{p.batch} * p.num_tokens;
   const bool stream = rows * p.row_bytes > kStreamBytes;
-  parallel_for(rows, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(p.row_bytes, 1)),
+  parallel_for(rows, std::max<int64_t>(1, kCopyGrainBytes / std::max<int64_t>(p.row_bytes, 1)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) copy_row(p, i / p.num_tokens, i % p.num_tokens, stream);
                  if (stream) stream_fence();

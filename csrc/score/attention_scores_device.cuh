@@ -7,6 +7,8 @@
 #include <cmath>
 
 #include "device/convert.cuh"
+#include "device/launch.h"
+#include "device/tile.h"
 #include "device/tile_product.cuh"
 #include "score/attention_scores.h"
 
@@ -16,11 +18,8 @@ namespace {
 constexpr int32_t kFewRows = 8;       // up to here K is read once and logits go through memory
 constexpr int32_t kFewKeys = 128;     // at least so many keys a block
 constexpr int32_t kMaxKeyParts = 32;  // partial normalisers of a row
-constexpr int64_t kFillBlocks = 512;  // blocks that occupy a large GPU; a constant, so that sums never depend on it
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = INFINITY;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   bool few_rows;
@@ -41,17 +40,19 @@ inline Plan make_plan(const AttentionScoresParams& p) {
   plan.row_parts = 1;
   if (plan.few_rows) {
     plan.part_keys = static_cast<int32_t>(
-        ceil_div(std::max<int64_t>(kFewKeys, ceil_div(p.num_keys, kMaxKeyParts)), kFewKeys) * kFewKeys);
-    plan.key_parts = static_cast<int32_t>(ceil_div(p.num_keys, plan.part_keys));
+        ceil_div<int64_t>(std::max<int64_t>(kFewKeys, ceil_div<int64_t>(p.num_keys, kMaxKeyParts)), kFewKeys) *
+        kFewKeys);
+    plan.key_parts = static_cast<int32_t>(ceil_div<int64_t>(p.num_keys, plan.part_keys));
   } else {
-    const int64_t key_tiles = ceil_div(p.num_keys, kTile), row_tiles = ceil_div(p.num_queries, kTile);
+    const int64_t key_tiles = ceil_div<int64_t>(p.num_keys, kTile), row_tiles = ceil_div<int64_t>(p.num_queries, kTile);
     auto split = [&](int64_t tiles, int64_t blocks, int64_t most) {  // tiles per part
-      return ceil_div(tiles, std::clamp<int64_t>(ceil_div(kFillBlocks, blocks), 1, std::min(tiles, most)));
+      return ceil_div<int64_t>(tiles,
+                               std::clamp<int64_t>(ceil_div<int64_t>(kFillBlocks, blocks), 1, std::min(tiles, most)));
     };
     plan.part_keys = static_cast<int32_t>(kTile * split(key_tiles, heads * row_tiles, kMaxKeyParts));
-    plan.key_parts = static_cast<int32_t>(ceil_div(p.num_keys, plan.part_keys));
+    plan.key_parts = static_cast<int32_t>(ceil_div<int64_t>(p.num_keys, plan.part_keys));
     plan.part_rows = static_cast<int32_t>(kTile * split(row_tiles, heads * key_tiles, row_tiles));
-    plan.row_parts = static_cast<int32_t>(ceil_div(p.num_queries, plan.part_rows));
+    plan.row_parts = static_cast<int32_t>(ceil_div<int64_t>(p.num_queries, plan.part_rows));
   }
   plan.normaliser_floats = p.lse != nullptr ? 0 : plan.rows * plan.key_parts * 2;
   plan.workspace_floats =

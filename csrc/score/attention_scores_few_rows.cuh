@@ -156,13 +156,13 @@ cudaError_t launch_few_rows(const AttentionScoresParams& p, const Plan& plan, cu
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(int64_t{p.batch} * p.num_heads * plan.key_parts));
   shape.block = dim3(kFewThreads);
-  shape.shared_bytes = ceil_div(p.head_dim, kElements) * kElements * p.num_queries * sizeof(float);
+  shape.shared_bytes = ceil_div<int64_t>(p.head_dim, kElements) * kElements * p.num_queries * sizeof(float);
   cudaError_t error = p.num_queries == 1
                           ? launch(few_logits_kernel<T, 1>, shape, stream, p, plan, key_lanes, bits % 16 == 0)
                           : launch(few_logits_kernel<T, kFewRows>, shape, stream, p, plan, key_lanes, bits % 16 == 0);
   if (error != cudaSuccess) return error;
   const int64_t out_rows = int64_t{p.batch} * (p.head_reduce == Reduce::kNone ? p.num_heads : 1);
-  shape.grid = dim3(static_cast<unsigned>(out_rows * ceil_div(p.num_keys, kFewThreads)));
+  shape.grid = dim3(static_cast<unsigned>(out_rows * ceil_div<int64_t>(p.num_keys, kFewThreads)));
   shape.shared_bytes = 0;
   return launch(few_scores_kernel, shape, stream, p, plan);
 }

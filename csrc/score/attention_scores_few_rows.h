@@ -44,7 +44,7 @@ class FewRows : Unit {
   FewRows(const AttentionScoresParams& params, const Plan& plan, float* logits)
       : Unit(params, plan),
         rows_(p.num_heads / p.key_heads * p.num_queries),
-        depth_(static_cast<int32_t>(round_up(params.head_dim, kLanes))),
+        depth_(static_cast<int32_t>(round_up<int64_t>(params.head_dim, kLanes))),
         logits_(logits) {
     queries_ = scratch<float>(int64_t{p.num_heads} * p.num_queries * depth_);
     keys_ = scratch<float>(int64_t{kLanes} * depth_);
@@ -130,7 +130,7 @@ class FewRows : Unit {
   // Keys that the row does not see, by mask or causally, and the rest of the last vector get -inf.
   void hide_keys(int32_t r) {
     float* x = logits(head_, query_[r]);
-    for (int64_t n = limit_[r]; n < round_up(limit_[r], kLanes); ++n) x[n] = -kInfinity;
+    for (int64_t n = limit_[r]; n < round_up<int64_t>(limit_[r], kLanes); ++n) x[n] = -kInfinity;
     if (excluded_ == nullptr) return;
     for (int32_t n = 0; n < limit_[r]; ++n) x[n] = excluded_[n] ? -kInfinity : x[n];
   }

@@ -196,15 +196,15 @@ cudaError_t launch_many_rows(const AttentionScoresParams& p, const Plan& plan, c
   shape.block = dim3(kThreads);
   shape.shared_bytes = kTileProductBytes;
   if (p.lse == nullptr) {
-    shape.grid = dim3(static_cast<unsigned>(heads * ceil_div(p.num_queries, kTile) * plan.key_parts));
+    shape.grid = dim3(static_cast<unsigned>(heads * ceil_div<int64_t>(p.num_queries, kTile) * plan.key_parts));
     cudaError_t error = launch(normalisers_kernel<T>, shape, stream, p, plan, aligned);
     if (error != cudaSuccess) return error;
   }
-  shape.grid = dim3(static_cast<unsigned>(heads * plan.row_parts * ceil_div(p.num_keys, kTile)));
+  shape.grid = dim3(static_cast<unsigned>(heads * plan.row_parts * ceil_div<int64_t>(p.num_keys, kTile)));
   cudaError_t error = launch(scores_kernel<T>, shape, stream, p, plan, aligned);
   if (error != cudaSuccess) return error;
   const int64_t out_rows = p.head_reduce == Reduce::kNone ? heads : p.batch;
-  shape.grid = dim3(static_cast<unsigned>(out_rows * ceil_div(p.num_keys, kThreads)));
+  shape.grid = dim3(static_cast<unsigned>(out_rows * ceil_div<int64_t>(p.num_keys, kThreads)));
   shape.shared_bytes = 0;
   return launch(finish_kernel, shape, stream, p, plan);
 }

@@ -48,7 +48,7 @@ template <class T>
 class ManyRows : Unit {
  public:
   ManyRows(const AttentionScoresParams& params, const Plan& plan)
-      : Unit(params, plan), tile_keys_(round_up(plan.block_keys, kTileKeys * kLanes)) {
+      : Unit(params, plan), tile_keys_(round_up<int64_t>(plan.block_keys, kTileKeys * kLanes)) {
     tile_ = scratch<float>(plan.tile_rows * tile_keys_);
     queries_ = scratch<float>(int64_t{plan.tile_rows} * p.head_dim);
     keys_ = scratch<float>(int64_t{kTileKeys} * p.head_dim);

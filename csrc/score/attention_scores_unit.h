@@ -6,6 +6,7 @@
 
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "device/tile.h"
 #include "score/attention_scores.h"
 
 namespace vtk {
@@ -25,8 +26,6 @@ constexpr int64_t kMinPartRows = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 struct Plan {
   bool few_rows;
   int32_t block_keys;  // keys whose logits the tile holds: N, or less when N is long
@@ -37,10 +36,11 @@ struct Plan {
 
   explicit Plan(const AttentionScoresParams& p) {
     few_rows = p.num_queries <= kFewRows;
-    padded_keys = round_up(p.num_keys, kGroup);
+    padded_keys = round_up<int64_t>(p.num_keys, kGroup);
     block_keys = few_rows || p.num_keys <= kMaxWholeKeys ? p.num_keys : kBlockKeys;
     int64_t rows = std::clamp<int64_t>(kTileFloats / block_keys / kGroup * kGroup, kGroup, kMaxTileRows);
-    tile_rows = static_cast<int32_t>(few_rows ? p.num_queries : std::min(rows, round_up(p.num_queries, kGroup)));
+    tile_rows =
+        static_cast<int32_t>(few_rows ? p.num_queries : std::min(rows, round_up<int64_t>(p.num_queries, kGroup)));
 
     int64_t heads = int64_t{p.batch} * p.num_heads;
     int64_t most = (p.num_queries + kMinPartRows - 1) / kMinPartRows;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "common/order_key.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -21,10 +22,8 @@ namespace VTK_ISA {
 namespace {
 
 constexpr uint32_t kDroppedKey = 0;           // drop_mask: below every score
-constexpr uint32_t kNanKey = 1;               // NaN ranks below -inf, whose key is 0x007fffff
 constexpr uint32_t kForcedKey = 0xffffffffu;  // keep_mask: above +inf, whose key is 0xff800000
 constexpr int kBinBits = 10;
-constexpr int64_t kStreamBytes = 16 << 20;  // larger outputs leave the caches anyway: write past them
 
 struct Segment {
   int64_t first;  // first token, in the packed tensor or 0
@@ -36,21 +35,6 @@ struct Segment {
 Segment segment_of(const PruneGatherParams& p, int32_t s) {
   if (p.cu_seqlens == nullptr) return {0, p.num_tokens, p.keep, int64_t{s} * p.keep};
   return {p.cu_seqlens[s], p.cu_seqlens[s + 1] - p.cu_seqlens[s], p.keeps[s], p.cu_kept[s]};
-}
-
-uint32_t order_key(float score) {
-  if (score != score) return kNanKey;
-  score += 0.0f;  // -0 and +0 are one score
-  uint32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-u32v order_key(f32v score) {
-  u32v bits = (u32v)(score + f32v{});
-  u32v flip = (u32v)((i32v)bits >> 31) | 0x80000000u;
-  u32v nan = (u32v)(score != score);
-  return ((bits ^ flip) & ~nan) | (nan & kNanKey);
 }
 
 template <class T>
@@ -244,7 +228,7 @@ PruneGatherConflict prune_gather_cpu(const PruneGatherParams& p) {
     const GatherRows& rows = p.rows[t];
     if (rows.row_bytes == 0) continue;
     bool stream = rows.outer * kept * rows.row_bytes >= kStreamBytes;
-    int64_t grain = std::max<int64_t>(1, (64 << 10) / rows.row_bytes);
+    int64_t grain = std::max<int64_t>(1, kCopyGrainBytes / rows.row_bytes);
     parallel_for(rows.outer * kept, grain, [&](int64_t begin, int64_t end) { copy_rows(rows, p, begin, end, stream); });
   }
   return {};

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtkernels.ops._autograd import below, needs_grad
+
 # Every function below is a thin, documented face of one registered op; the work is in csrc/merge/.
 
 
@@ -228,10 +230,6 @@ def _rows_like(values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 _library = torch.library.Library("vtk", "FRAGMENT")
 
 
-def _needs_grad(tensor: Tensor) -> bool:
-    return torch.is_grad_enabled() and tensor.requires_grad
-
-
 def rows_of(rows: Tensor, owner: Tensor) -> Tensor:
     """unmerge in plain torch, for any dtype: rows ``[B, M]`` or ``[B, M, D]``, zeros where owner is no row."""
     batch, count = rows.shape[:2]
@@ -280,8 +278,7 @@ def _max_gradient(grad: Tensor, owner: Tensor, values: Tensor, merged: Tensor) -
 class _MergeApply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, owner, out_len, weight, reduce):
-        with torch._C._AutoDispatchBelowAutograd():
-            merged, total = torch.ops.vtk.merge_apply.default(values, owner, out_len, weight=weight, reduce=reduce)
+        merged, total = below(torch.ops.vtk.merge_apply.default, values, owner, out_len, weight=weight, reduce=reduce)
         extremes = (values, merged) if reduce == "max" else (None, None)
         ctx.reduce = reduce
         ctx.save_for_backward(owner, weight, total, *extremes)
@@ -297,10 +294,9 @@ class _MergeApply(torch.autograd.Function):
 class _BipartiteMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, metric, r, size, protect, order):
-        with torch._C._AutoDispatchBelowAutograd():
-            merged, total, owner = torch.ops.vtk.bipartite_merge.default(
-                tokens, metric, r, size=size, protect=protect, order=order
-            )
+        merged, total, owner = below(
+            torch.ops.vtk.bipartite_merge.default, tokens, metric, r, size=size, protect=protect, order=order
+        )
         ctx.save_for_backward(owner, size, total)
         ctx.mark_non_differentiable(total, owner)
         return merged, total, owner
@@ -314,8 +310,7 @@ class _BipartiteMerge(torch.autograd.Function):
 class _Unmerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, merged, owner):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.vtk.unmerge.default(merged, owner)
+        out = below(torch.ops.vtk.unmerge.default, merged, owner)
         ctx.rows = merged.shape[1]
         ctx.save_for_backward(owner)
         return out
@@ -327,24 +322,21 @@ class _Unmerge(torch.autograd.Function):
 
 
 def _merge_apply_autograd(values, owner, out_len, *, weight=None, reduce="weighted_mean"):
-    if _needs_grad(values):
+    if needs_grad(values):
         return _MergeApply.apply(values, owner, out_len, weight, reduce)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.vtk.merge_apply.default(values, owner, out_len, weight=weight, reduce=reduce)
+    return below(torch.ops.vtk.merge_apply.default, values, owner, out_len, weight=weight, reduce=reduce)
 
 
 def _bipartite_merge_autograd(tokens, metric, r, *, size=None, protect=None, order="position"):
-    if _needs_grad(tokens):
+    if needs_grad(tokens):
         return _BipartiteMerge.apply(tokens, metric, r, size, protect, order)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.vtk.bipartite_merge.default(tokens, metric, r, size=size, protect=protect, order=order)
+    return below(torch.ops.vtk.bipartite_merge.default, tokens, metric, r, size=size, protect=protect, order=order)
 
 
 def _unmerge_autograd(merged, owner):
-    if _needs_grad(merged):
+    if needs_grad(merged):
         return _Unmerge.apply(merged, owner)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.vtk.unmerge.default(merged, owner)
+    return below(torch.ops.vtk.unmerge.default, merged, owner)
 
 
 # NOTE: without this a float output of a tracked metric would claim a gradient that does not exist.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vtkernels.ops._autograd import below, needs_grad
+
 # Every function below is a thin, documented face of one registered op; the work is in csrc/select/.
 
 
@@ -240,8 +242,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Callable, scatter: Callable, *sources: Tensor):
-        with torch._C._AutoDispatchBelowAutograd():
-            kept, others = call(*sources)
+        kept, others = below(call, *sources)
         ctx.scatter, ctx.sources = scatter, len(sources)
         ctx.save_for_backward(others[0])
         ctx.mark_non_differentiable(*others, *(k for k in kept if not k.is_floating_point()))
@@ -256,10 +257,6 @@ class _GatherRows(torch.autograd.Function):
         return (None, None, *scattered)
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def _scatter_rows(grad: Tensor, indices: Tensor, shape: torch.Size, token_dim: int) -> Tensor:
     """Gradient of a tensor of ``shape`` whose kept rows got ``grad``; a shared row set sums over the batch."""
     full = list(shape)
@@ -272,9 +269,8 @@ def _scatter_rows(grad: Tensor, indices: Tensor, shape: torch.Size, token_dim: i
 
 def _prune_gather_autograd(tokens, scores, keep, **options):
     op = torch.ops.vtk.prune_gather.default
-    if not _needs_grad(tokens):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(tokens, scores, keep, **options)
+    if not needs_grad(tokens):
+        return below(op, tokens, scores, keep, **options)
 
     def call(source):
         kept, indices = op(source, scores, keep, **options)
@@ -286,9 +282,8 @@ def _prune_gather_autograd(tokens, scores, keep, **options):
 
 def _prune_gather_attention_autograd(tokens, query, key, keep, **options):
     op = torch.ops.vtk.prune_gather.attention
-    if not _needs_grad(tokens):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(tokens, query, key, keep, **options)
+    if not needs_grad(tokens):
+        return below(op, tokens, query, key, keep, **options)
 
     def call(source):
         kept, indices, scores = op(source, query, key, keep, **options)
@@ -300,9 +295,8 @@ def _prune_gather_attention_autograd(tokens, query, key, keep, **options):
 
 def _prune_gather_varlen_autograd(tokens, scores, cu_seqlens, keep, **options):
     op = torch.ops.vtk.prune_gather.varlen
-    if not _needs_grad(tokens):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(tokens, scores, cu_seqlens, keep, **options)
+    if not needs_grad(tokens):
+        return below(op, tokens, scores, cu_seqlens, keep, **options)
 
     def call(source):
         kept, indices, cu_kept = op(source, scores, cu_seqlens, keep, **options)
@@ -318,9 +312,8 @@ def _prune_gather_varlen_autograd(tokens, scores, cu_seqlens, keep, **options):
 
 def _prune_gather_tensors_autograd(tensors, scores, keep, *, token_dims=None, **options):
     op = torch.ops.vtk.prune_gather.tensors
-    if not _needs_grad(*tensors):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(tensors, scores, keep, token_dims=token_dims, **options)
+    if not needs_grad(*tensors):
+        return below(op, tensors, scores, keep, token_dims=token_dims, **options)
 
     def call(*sources):
         kept, indices = op(list(sources), scores, keep, token_dims=token_dims, **options)
