@@ -2,12 +2,8 @@
 //
 //   prepare  one block an item lists its sources and destinations in ascending order; the others: 1 / norm, a warp a
 //            token
-//   match    block = (item, 64 sources, part of the destinations). Products of device/tile_product.cuh; a thread keeps
-//            the best similarity and destination of each of its rows, the lanes of a row agree at the end
+//   match    block = (item, 64 sources, part of the destinations): nearest_rows.cuh
 //   merge    block = item: the r best edges by radix selection, then the output row of every token by prefix sums
-//
-// An edge is one integer, similarity above destination: its maximum is the most similar destination, the lower index
-// among equals, in whatever order blocks and lanes offer it.
 //
 //   shared  match: 68 KiB and 512 bytes of inverse norms; merge: 1.1 KiB
 //   bound   N^2 / 2 * C operations an item; merging reads N keys about ten times from L2
@@ -18,13 +14,11 @@
 
 #include <algorithm>
 
-#include "device/convert.cuh"
 #include "device/launch.h"
-#include "device/order_key.cuh"
 #include "device/radix_select.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.h"
-#include "device/tile_product.cuh"
+#include "merge/nearest_rows.cuh"
 
 namespace vtk {
 namespace {
@@ -33,12 +27,6 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int32_t kSurvives = -1, kDropped = -2;
 constexpr float kInfinity = INFINITY;
-
-using EdgeRank = unsigned long long;  // 0: no edge
-
-__device__ uint32_t key_of(EdgeRank edge) { return static_cast<uint32_t>(edge >> 32); }
-// The inverse of order_key; kNanKey gives a NaN.
-__device__ float similarity_of(uint32_t key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
 struct Counts {
   int32_t sources, destinations;
@@ -93,30 +81,6 @@ __device__ bool is_source(const BipartiteMatchParams& p, int32_t b, int32_t n) {
   return (p.rank == nullptr ? n : p.rank[b * p.rank_stride_batch + n * p.rank_stride_token]) % 2 == 0;
 }
 
-// Walks [0, count) in order and calls write(i, number) for each i that select(i) chooses; returns how many.
-template <class Select, class Write>
-__device__ int32_t enumerate(int32_t count, int32_t* sWarps, const Select& select, const Write& write) {
-  int32_t before = 0;
-  for (int32_t first = 0; first < count; first += kThreads) {
-    const int32_t i = first + static_cast<int32_t>(threadIdx.x);
-    const bool chosen = i < count && select(i);
-    const Prefix<int32_t> votes = block_prefix<kThreads>(int32_t{chosen}, sWarps);
-    if (chosen) write(i, before + votes.before);
-    before += votes.total;
-  }
-  return before;
-}
-
-template <class T>
-__device__ float inverse_norm(const T* row, int32_t channels) {
-  float squared = 0.0f;
-  for (int32_t c = threadIdx.x % 32; c < channels; c += 32)
-    squared = __fmaf_rn(to_float(row[c]), to_float(row[c]), squared);
-  squared = warp_reduce(squared, Sum{});
-  if (!(squared < kInfinity)) return __uint_as_float(0x7fffffffu);
-  return squared >= kMinSquaredNorm ? __fdiv_rn(1.0f, __fsqrt_rn(squared)) : 0.0f;
-}
-
 // blockIdx.x = item * blocks + block; block 0 makes the lists.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -127,32 +91,21 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t n = (block - 1) * kWarps + threadIdx.x / 32;
     if (n >= p.num_tokens) return;
     const T* row = static_cast<const T*>(p.metric) + b * p.stride_batch + n * p.stride_token;
-    const float inverse = inverse_norm(row, p.channels);
+    const float inverse = inverse_norm(squared_norm(row, p.channels));
     if (threadIdx.x % 32 == 0) w.inverse[static_cast<int64_t>(b) * p.num_tokens + n] = inverse;
     return;
   }
   int32_t* gSources = w.sources + static_cast<int64_t>(b) * w.most_sources;
   int32_t* gDestinations = w.destinations + static_cast<int64_t>(b) * w.most_destinations;
   Counts counts;
-  counts.sources = enumerate(
+  counts.sources = enumerate<kThreads>(
       p.num_tokens, sWarps, [&](int32_t n) { return is_source(p, b, n); },
       [&](int32_t n, int32_t s) { gSources[s] = n; });
-  counts.destinations = enumerate(
+  counts.destinations = enumerate<kThreads>(
       p.num_tokens, sWarps, [&](int32_t n) { return !is_source(p, b, n) && !is_protected(p, b, n); },
       [&](int32_t n, int32_t d) { gDestinations[d] = n; });
   if (threadIdx.x == 0) w.counts[b] = counts;
 }
-
-// Rows that a list names.
-template <class T>
-struct ListedRows {
-  const T* data;
-  int64_t stride;
-  const int32_t* list;
-  int32_t count;
-  bool aligned;
-  __device__ const T* row(int32_t i) const { return data + list[i] * stride; }
-};
 
 // blockIdx.x = (item * source tiles + source tile) * parts + part.
 template <class T>
@@ -160,7 +113,6 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     match_kernel(const __grid_constant__ BipartiteMatchParams p, const __grid_constant__ Workspace w, bool aligned) {
   VTK_DYNAMIC_SHARED(shared);
   __shared__ float sInverse[2][kTile];
-  using Tile = typename TileOf<T>::Type;
   const int32_t source_tiles = ceil_div(w.most_sources, kTile);
   const int32_t part = blockIdx.x % w.parts, tile = blockIdx.x / w.parts % source_tiles;
   const int32_t b = blockIdx.x / w.parts / source_tiles;
@@ -168,57 +120,18 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   if (tile * kTile >= counts.sources) return;
   const T* gMetric = static_cast<const T*>(p.metric) + b * p.stride_batch;
   const float* gInverse = w.inverse + static_cast<int64_t>(b) * p.num_tokens;
-  const ListedRows<T> sources = {gMetric, p.stride_token, w.sources + static_cast<int64_t>(b) * w.most_sources,
-                                 counts.sources, aligned};
-  const ListedRows<T> destinations = {gMetric, p.stride_token,
-                                      w.destinations + static_cast<int64_t>(b) * w.most_destinations,
-                                      counts.destinations, aligned};
-
-  float best[Tile::kRows], inverse[Tile::kRows];
-  int32_t partner[Tile::kRows];
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    best[i] = -kInfinity;
-    partner[i] = -1;
-    inverse[i] = gInverse[sources.list[min(tile * kTile + Tile::row(i), counts.sources - 1)]];
-  }
-
-  // Stream the destinations of the part. A NaN is never better, so columns beyond the last have one.
+  const ListedRows<T> sources = {gMetric,  p.stride_token, w.sources + static_cast<int64_t>(b) * w.most_sources,
+                                 gInverse, counts.sources, aligned};
+  const ListedRows<T> destinations = {
+      gMetric,  p.stride_token,      w.destinations + static_cast<int64_t>(b) * w.most_destinations,
+      gInverse, counts.destinations, aligned};
   const int32_t first = part * w.part_tiles;
   const int32_t count = min(w.part_tiles, ceil_div(counts.destinations, kTile) - first);
-  auto begin = [&](int32_t streamed, int32_t buffer) {
-    if (threadIdx.x >= kTile) return;
-    const int32_t d = streamed * kTile + threadIdx.x;
-    sInverse[buffer][threadIdx.x] =
-        d < counts.destinations ? gInverse[destinations.list[d]] : __uint_as_float(0x7fffffffu);
-  };
-  auto reduce = [&](int32_t streamed, int32_t buffer, const Tile& products) {
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) {
-      const float factor = sInverse[buffer][Tile::column(j)];
-#pragma unroll
-      for (int i = 0; i < Tile::kRows; ++i) {
-        const float similarity = products.value[i][j] * inverse[i] * factor;
-        if (similarity > best[i]) {
-          best[i] = similarity;
-          partner[i] = streamed * kTile + Tile::column(j);
-        }
-      }
-    }
-  };
-  if (count > 0) stream_tiles<T>(shared, sources, tile * kTile, destinations, first, count, p.channels, begin, reduce);
-
-  // Agree over the lanes of a row. Where every similarity is NaN, the first destination of the part stands.
   EdgeRank* gEdges = w.edges + (static_cast<int64_t>(b) * w.parts + part) * w.most_sources;
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    EdgeRank edge = partner[i] >= 0 ? make_rank(order_key(best[i]), partner[i])
-                    : count > 0     ? make_rank(kNanKey, first * kTile)
-                                    : 0;
-    edge = warp_reduce<Tile::kRowLanes>(edge, Max{});
-    const int32_t s = tile * kTile + Tile::row(i);
-    if (threadIdx.x % Tile::kRowLanes == 0 && s < counts.sources) gEdges[s] = edge;
-  }
+  nearest_rows<T>(
+      shared, sInverse, sources, tile * kTile, destinations, first, count, p.channels,
+      [](float product, float source, float destination) { return product * source * destination; },
+      [&](int32_t s, EdgeRank edge) { gEdges[s] = edge; });
 }
 
 struct MergeShared {
@@ -280,7 +193,7 @@ struct Item {
   __device__ void aim(int32_t merges, MergeShared& shared) const {
     if (merges == 0) return;
     const Threshold threshold = radix_select([&](int32_t s) { return keys[s]; }, counts.sources, merges, shared.select);
-    enumerate(
+    enumerate<kThreads>(
         counts.sources, shared.warps, [&](int32_t s) { return keys[s] == threshold.key; },
         [&](int32_t s, int32_t tie) {
           if (tie < threshold.ties) targets[sources[s]] = partners[s];
@@ -291,7 +204,7 @@ struct Item {
   }
 
   __device__ void number_by_position(MergeShared& shared) const {
-    enumerate(
+    enumerate<kThreads>(
         p.num_tokens, shared.warps, [&](int32_t n) { return targets[n] == kSurvives; },
         [&](int32_t n, int32_t row) { owner[n] = row; });
   }
@@ -299,7 +212,7 @@ struct Item {
   // ToMe lists unmerged sources by descending similarity, but by position as soon as a token is protected.
   __device__ void number_as_tome(int32_t merges, MergeShared& shared) const {
     if (p.protect.data != nullptr) {
-      enumerate(
+      enumerate<kThreads>(
           counts.sources, shared.warps, [&](int32_t s) { return targets[sources[s]] == kSurvives; },
           [&](int32_t s, int32_t row) { owner[sources[s]] = row; });
     } else {
