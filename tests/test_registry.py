@@ -125,7 +125,10 @@ def flatten(out) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize("module", ["vtkernels.ops.merge", "vtkernels.ops.score", "vtkernels.ops.select"])
+DOCUMENTED = [f"vtkernels.ops.{name}" for name in ("merge", "merge_packed", "score", "select")]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0 and result.failed == 0

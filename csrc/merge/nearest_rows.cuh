@@ -52,15 +52,20 @@ struct ListedRows {
 };
 
 // Walks [0, count) in order and calls write(i, number) for each i that select(i) chooses; returns how many. By a block
-// of kThreads, with sWarps [kThreads / 32].
+// of kThreads, with sWarps [kThreads / 32]. A thread takes eight neighbours a step: a step has two barriers.
 template <int kThreads, class Select, class Write>
 __device__ int32_t enumerate(int32_t count, int32_t* sWarps, const Select& select, const Write& write) {
+  constexpr int kNeighbours = 8;
   int32_t before = 0;
-  for (int32_t first = 0; first < count; first += kThreads) {
-    const int32_t i = first + static_cast<int32_t>(threadIdx.x);
-    const bool chosen = i < count && select(i);
-    const Prefix<int32_t> votes = block_prefix<kThreads>(int32_t{chosen}, sWarps);
-    if (chosen) write(i, before + votes.before);
+  for (int32_t step = 0; step < count; step += kThreads * kNeighbours) {
+    const int32_t first = step + static_cast<int32_t>(threadIdx.x) * kNeighbours;
+    uint32_t chosen = 0;
+#pragma unroll
+    for (int i = 0; i < kNeighbours; ++i)
+      if (first + i < count && select(first + i)) chosen |= 1u << i;
+    const Prefix<int32_t> votes = block_prefix<kThreads>(__popc(chosen), sWarps);
+    int32_t number = before + votes.before;
+    for (; chosen != 0; chosen &= chosen - 1) write(first + __ffs(static_cast<int>(chosen)) - 1, number++);
     before += votes.total;
   }
   return before;
@@ -68,8 +73,9 @@ __device__ int32_t enumerate(int32_t count, int32_t* sWarps, const Select& selec
 
 // Calls write(row, edge) for the stationary rows [first, first + 64), with the best of `tiles` streamed tiles from
 // first_tile on: the largest score(product, term of the stationary row, term of the streamed row). A NaN is never
-// better; where every score is NaN, the first streamed row stands with a NaN. No tiles give no edge.
-template <class T, class Stationary, class Streamed, class Score, class Write>
+// better; where every score is NaN, the first streamed row stands with a NaN. No streamed rows give no
+// edge. kEarlier: a stationary row meets only the streamed rows of lower number.
+template <class T, bool kEarlier = false, class Stationary, class Streamed, class Score, class Write>
 __device__ void nearest_rows(unsigned char* shared, float (&sTerms)[2][kTile], const Stationary& stationary,
                              int32_t first, const Streamed& streamed, int32_t first_tile, int32_t tiles,
                              int32_t channels, const Score& score, const Write& write) {
@@ -93,12 +99,13 @@ __device__ void nearest_rows(unsigned char* shared, float (&sTerms)[2][kTile], c
 #pragma unroll
     for (int j = 0; j < Tile::kColumns; ++j) {
       const float term = sTerms[buffer][Tile::column(j)];
+      const int32_t column = tile * kTile + Tile::column(j);
 #pragma unroll
       for (int i = 0; i < Tile::kRows; ++i) {
         const float similarity = score(products.value[i][j], terms[i], term);
-        if (similarity > best[i]) {
+        if (similarity > best[i] && (!kEarlier || column < first + Tile::row(i))) {
           best[i] = similarity;
-          where[i] = tile * kTile + Tile::column(j);
+          where[i] = column;
         }
       }
     }
@@ -108,11 +115,10 @@ __device__ void nearest_rows(unsigned char* shared, float (&sTerms)[2][kTile], c
   // Agree over the lanes of a row.
 #pragma unroll
   for (int i = 0; i < Tile::kRows; ++i) {
-    EdgeRank edge = where[i] >= 0 ? make_rank(order_key(best[i]), where[i])
-                    : tiles > 0   ? make_rank(kNanKey, first_tile * kTile)
-                                  : 0;
+    const int32_t row = first + Tile::row(i), top = first_tile * kTile;
+    const bool any = tiles > 0 && (!kEarlier || top < row);
+    EdgeRank edge = where[i] >= 0 ? make_rank(order_key(best[i]), where[i]) : any ? make_rank(kNanKey, top) : 0;
     edge = warp_reduce<Tile::kRowLanes>(edge, Max{});
-    const int32_t row = first + Tile::row(i);
     if (threadIdx.x % Tile::kRowLanes == 0 && row < stationary.count) write(row, edge);
   }
 }

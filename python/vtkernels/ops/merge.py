@@ -27,19 +27,24 @@ def bipartite_match(
     similarity 0 with every token; with a NaN, an infinity or an infinite norm its similarities are NaN, which rank
     below every number (as the only choice, the lowest destination is taken). The result carries no gradient.
 
+    With ``split="causal"`` every token is a source and its destinations are the tokens before it, so the first token
+    stays. Merging is not transitive: what would merge into a token that is merged itself goes nowhere and is dropped
+    (owner -1), so a row that is left is its token and those that merge into it directly.
+
     Args:
         metric: float32, float16 or bfloat16 ``[B, N, C]``, C >= 1; any batch and token strides, contiguous last
             dimension.
         r: edges to merge, ``r >= 0``; clamped to the number of sources that may merge, row by row.
         protect: bool ``[B, N]``; True tokens are neither source nor destination.
         threshold: only edges with ``similarity > threshold`` may merge.
-        split: ``"even_odd"``; any other split is a ``rank``.
-        rank: int64 ``[B, N]``: the rank of each token, of which the parity is read. Default: its position.
+        split: ``"even_odd"`` or ``"causal"``; any other split into two sets is a ``rank``.
+        rank: int64 ``[B, N]``: the rank of each token, of which the parity is read. Default: its position. Not with
+            ``"causal"``.
 
     Returns:
         ``owner`` int64 ``[B, N]``: the output row of each token; survivors keep their order, a merged source has the
-        row of its destination, so ``owner.max() + 1`` is the number of rows left. ``similarity`` float32 ``[B, N]``:
-        of each source's edge, -inf for tokens without one.
+        row of its destination (-1 when that is merged too), so ``owner.max() + 1`` is the number of rows left.
+        ``similarity`` float32 ``[B, N]``: of each source's edge, -inf for tokens without one.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, ``r < 0``, a NaN ``threshold``, naming the
@@ -56,7 +61,8 @@ def bipartite_match(
         >>> owner.tolist(), similarity[0, 2].item() > similarity[0, 0].item()
         ([[0, 0, 1, 1, 2, 3]], True)
 
-    ToMe (arXiv 2210.09461); by rank, PiToMe (arXiv 2405.16148).
+    ToMe (arXiv 2210.09461); by rank, PiToMe (arXiv 2405.16148); causal with ``threshold=0.5``, the temporal merging of
+    B-VLLM (arXiv 2412.09919), whose similarity (cos + 1) / 2 must exceed 0.75.
     """
     return torch.ops.vtk.bipartite_match.default(
         metric, r, protect=protect, threshold=threshold, split=split, rank=rank
