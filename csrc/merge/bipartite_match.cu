@@ -50,16 +50,11 @@ Workspace make_workspace(const BipartiteMatchParams& p) {
   Workspace w = {};
   w.most_sources = p.rank == nullptr ? (p.num_tokens + 1) / 2 : p.num_tokens;
   w.most_destinations = std::max(p.rank == nullptr ? p.num_tokens / 2 : p.num_tokens, 1);
-  const int32_t tiles = ceil_div(w.most_destinations, kTile);
-  const int64_t blocks = int64_t{p.batch} * ceil_div(w.most_sources, kTile);
-  w.part_tiles = ceil_div(tiles, static_cast<int32_t>(std::clamp<int64_t>(ceil_div(kFillBlocks, blocks), 1, tiles)));
-  w.parts = ceil_div(tiles, w.part_tiles);
+  const TileParts shared = share_tiles(p.batch, w.most_sources, w.most_destinations);
+  w.parts = shared.parts;
+  w.part_tiles = shared.part_tiles;
 
-  char* next = static_cast<char*>(p.workspace);
-  auto take = [&](auto*& array, int64_t count) {
-    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
-    next += round_up<int64_t>(count * sizeof(*array), 16);
-  };
+  WorkspaceLayout take{p.workspace};
   const int64_t tokens = int64_t{p.batch} * p.num_tokens, sources = int64_t{p.batch} * w.most_sources;
   take(w.edges, sources * w.parts);
   take(w.inverse, tokens);
@@ -69,7 +64,7 @@ Workspace make_workspace(const BipartiteMatchParams& p) {
   take(w.partners, sources);
   take(w.targets, tokens);
   take(w.counts, p.batch);
-  w.bytes = next - static_cast<char*>(p.workspace);
+  w.bytes = take.bytes;
   return w;
 }
 

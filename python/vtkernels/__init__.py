@@ -6,7 +6,7 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
-from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, unmerge
+from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
 from vtkernels.ops.score import attention_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -23,6 +23,7 @@ __all__ = [
     "bipartite_match",
     "bipartite_merge",
     "merge_apply",
+    "nearest_match",
     "prune_gather",
     "prune_gather_attention",
     "prune_gather_tensors",

@@ -15,6 +15,7 @@ PUBLIC = {
     "select_cover": select.select_cover,
     "bipartite_match": merge.bipartite_match,
     "merge_apply": merge.merge_apply,
+    "nearest_match": merge.nearest_match,
     "unmerge": merge.unmerge,
     "bipartite_merge": merge.bipartite_merge,
 }
