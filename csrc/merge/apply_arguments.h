@@ -29,7 +29,7 @@ inline void set_values(const char* op, const char* name, MergeApplyParams& p, co
   p.stride_token = values.stride(token_dim);
 }
 
-// The CPU reads the weights; on CUDA the formula is applied to whatever they are.
+// After reduce. The CPU reads the weights that must be sizes; else the formula is applied to whatever they are.
 inline void set_weight(const char* op, const char* name, MergeApplyParams& p, const std::optional<Tensor>& weight,
                        const char* values_name, const Tensor& values, bool packed = false) {
   if (!weight.has_value()) return;
@@ -42,11 +42,35 @@ inline void set_weight(const char* op, const char* name, MergeApplyParams& p, co
   p.weight_stride_batch = packed ? 0 : weight->stride(0);
   p.weight_stride_token = weight->stride(packed ? 0 : 1);
 #if !defined(VTK_BACKEND_CUDA)
-  if (p.batch == 0 || p.num_tokens == 0) return;
+  if (p.batch == 0 || p.num_tokens == 0 || p.reduce == MergeReduce::kSimilarityWeighted) return;
   const WeightConflict conflict = check_weight_cpu(p);
   const std::string row = packed ? "" : std::to_string(conflict.batch) + ", ";
   VTK_CHECK(op, conflict.batch < 0, "expected ", name, " > 0 and finite, got ", name, "[", row, conflict.token,
             "] = ", conflict.value);
+#endif
+}
+
+// After owner. The CPU reads the centers.
+inline void set_center(const char* op, MergeApplyParams& p, const Tensor& center, const Tensor& values) {
+  check_same_device(op, "center", center, "values", values);
+  check_dtype(op, "center", center, ScalarType::Long);
+  check_shape(op, "center", center, "[B, out_len]", {p.batch, p.out_len});
+  p.center = static_cast<const int64_t*>(center.const_data_ptr());
+  p.center_stride_batch = center.stride(0);
+  p.center_stride_row = center.stride(1);
+#if !defined(VTK_BACKEND_CUDA)
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t* owner = p.owner + b * p.owner_stride_batch;
+    std::vector<bool> has_token(p.out_len);
+    for (int64_t n = 0; n < p.num_tokens; ++n)
+      if (owner[n * p.owner_stride_token] >= 0) has_token[owner[n * p.owner_stride_token]] = true;
+    for (int64_t m = 0; m < p.out_len; ++m) {
+      const int64_t n = p.center[b * p.center_stride_batch + m * p.center_stride_row];
+      const bool fits = n >= 0 && n < p.num_tokens ? owner[n * p.owner_stride_token] == m : n == -1 && !has_token[m];
+      VTK_CHECK(op, fits, "expected center to be a token of its row, -1 for a row of none, got center[", b, ", ", m,
+                "] = ", n);
+    }
+  }
 #endif
 }
 

@@ -321,11 +321,7 @@ Workspace make_workspace(const BipartiteMatchParams& p) {
   w.groups = std::clamp(p.batch, 1, resident);
   w.blocks = static_cast<int32_t>(std::clamp<int64_t>(tiles * tiles, 1, resident / w.groups));
 
-  char* next = static_cast<char*>(p.workspace);
-  auto take = [&](auto*& array, int64_t count) {
-    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
-    next += round_up<int64_t>(count * sizeof(*array), 16);
-  };
+  WorkspaceLayout take{p.workspace};
   const int64_t tokens = (p.cu_seqlens != nullptr ? int64_t{1} : p.batch) * p.num_tokens;
   take(w.counters, (w.groups + 1) * kBarrierBytes);
   take(w.edges, tokens);
@@ -335,7 +331,7 @@ Workspace make_workspace(const BipartiteMatchParams& p) {
   take(w.targets, tokens);
   take(w.counts, p.batch);
   take(w.rows, p.batch);
-  w.bytes = next - static_cast<char*>(p.workspace);
+  w.bytes = take.bytes;
   return w;
 }
 

@@ -4,10 +4,12 @@
 // A similarity and the streamed row it belongs to are one integer, similarity above row: its maximum is the most
 // similar row, the lower one among equals, in whatever order tiles, lanes and blocks offer it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "common/cosine.h"
 #include "device/convert.cuh"
+#include "device/launch.h"
 #include "device/order_key.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.h"
@@ -37,6 +39,29 @@ __device__ inline float inverse_norm(float squared) {
   if (!(squared < INFINITY)) return quiet_nan();
   return squared >= kMinSquaredNorm ? __fdiv_rn(1.0f, __fsqrt_rn(squared)) : 0.0f;
 }
+
+// How many blocks share the streamed tiles of a stationary one, so that few stationary tiles fill the GPU too.
+struct TileParts {
+  int32_t parts, part_tiles;  // blocks, streamed tiles of each
+};
+inline TileParts share_tiles(int32_t batch, int32_t stationary, int32_t streamed) {
+  const int32_t tiles = std::max(ceil_div(streamed, kTile), 1);
+  const int64_t blocks = int64_t{batch} * ceil_div(stationary, kTile);
+  const auto parts = static_cast<int32_t>(std::clamp<int64_t>(ceil_div(kFillBlocks, blocks), 1, tiles));
+  const int32_t part_tiles = ceil_div(tiles, parts);
+  return {ceil_div(tiles, part_tiles), part_tiles};
+}
+
+// Lays arrays one after another into a workspace, each at a multiple of 16 bytes.
+struct WorkspaceLayout {
+  void* workspace;
+  int64_t bytes = 0;
+  template <class T>
+  void operator()(T*& array, int64_t count) {
+    array = reinterpret_cast<T*>(static_cast<char*>(workspace) + bytes);
+    bytes += round_up<int64_t>(count * sizeof(T), 16);
+  }
+};
 
 // Rows that a list names. Its terms belong to the tokens that the list holds.
 template <class T>

@@ -22,6 +22,11 @@ HOT = Allowed()
 KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/merge/bipartite_match.cu": {"prepare_kernel": HOT, "match_kernel": HOT, "merge_kernel": HOT},
     "csrc/merge/merge_apply.cu": {"merge_apply_kernel": HOT},
+    "csrc/merge/nearest_match.cu": {
+        "nearest_prepare_kernel": HOT,
+        "nearest_match_kernel": HOT,
+        "nearest_finish_kernel": HOT,
+    },
     "csrc/merge/unmerge.cu": {"unmerge_kernel": HOT},
     "csrc/score/attention_scores.cu": {
         "few_logits_kernel": HOT,

@@ -16,6 +16,7 @@ PUBLIC = {
     "bipartite_match": merge.bipartite_match,
     "bipartite_match.varlen": merge_packed.bipartite_match_varlen,
     "merge_apply": merge.merge_apply,
+    "nearest_match": merge.nearest_match,
     "unmerge": merge.unmerge,
     "bipartite_merge": merge.bipartite_merge,
     "bipartite_merge.varlen": merge_packed.bipartite_merge_varlen,
