@@ -288,6 +288,20 @@ def test_varlen_out_len(backend):
         assert cu_merged.tolist() == [0, 4]
 
 
+@pytest.mark.parametrize("bad", [counts(0, 9, 6), counts(-2, 3, 6), counts(0, 5, 2), counts(0, 3, 2**31 - 1)])
+def test_varlen_segments_that_are_none(backend, bad):
+    """The CPU reports them; CUDA drops every token."""
+    args = (VALUES[0], golden_metric()[0], bad, counts(1, 1))
+    if backend.checks_values:
+        with pytest.raises(RuntimeError, match=r"expected (ascending )?cu_seqlens"):
+            merge_varlen(backend, *args)
+    else:
+        for out_len in (None, 3):
+            merged, size, owner, cu_merged = merge_varlen(backend, *args, out_len=out_len)
+            assert merged.shape == (out_len or 0, 1) and not merged.any() and not size.any()
+            assert owner.tolist() == [-1] * 6 and cu_merged.tolist() == [0, 0, 0]
+
+
 def test_varlen_gradient(random):
     tokens, metric = torch.randn(21, 6, generator=random), exact_metric(random, 1, 21, 8)[0]
     size, cu, r = torch.rand(21, generator=random) + 0.5, bounds([9, 0, 12]), counts(3, 0, 5)

@@ -125,7 +125,7 @@ def flatten(out) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-DOCUMENTED = [f"vtkernels.ops.{name}" for name in ("merge", "merge_packed", "score", "select")]
+DOCUMENTED = [f"vtkernels.ops.{name}" for name in ("merge", "merge_forms", "score", "select")]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)

@@ -13,20 +13,33 @@
 
 namespace vtk {
 
-// values [B, N, D], or packed [T, D], which is one batch row.
-inline void set_values(const char* op, const char* name, MergeApplyParams& p, const Tensor& values,
+// The tokens of values [B, N, D], or packed [T, D], which is one batch row.
+inline void set_tokens(const char* op, const char* name, MergeApplyParams& p, const Tensor& values,
                        bool packed = false) {
   check_dim(op, name, values, packed ? 2 : 3, packed ? "[T, D]" : "[B, N, D]");
-  p.dtype = float_dtype(op, name, values);
-  check_contiguous_last(op, name, values);
-  check_width(op, name, values);
-  const int64_t token_dim = packed ? 0 : 1;
   p.batch = packed ? 1 : check_count(op, "batch size", values.size(0));
-  p.num_tokens = check_count(op, "token count", values.size(token_dim));
-  p.channels = check_count(op, "channel count", values.size(token_dim + 1));
-  p.values = values.const_data_ptr();
-  p.stride_batch = packed ? 0 : values.stride(0);
-  p.stride_token = values.stride(token_dim);
+  p.num_tokens = check_count(op, "token count", values.size(packed ? 0 : 1));
+}
+
+// Their rows; the token dimension is the last when there is no D.
+inline void add_values(const char* op, const char* name, MergeApplyParams& p, const Tensor& values, int64_t token_dim) {
+  MergeValues& v = p.tensors[p.num_tensors++];
+  v.dtype = float_dtype(op, name, values);
+  v.channels = 1;
+  if (token_dim + 1 < values.dim()) {
+    check_contiguous_last(op, name, values);
+    check_width(op, name, values);
+    v.channels = check_count(op, "channel count", values.size(token_dim + 1));
+  }
+  v.values = values.const_data_ptr();
+  v.stride_batch = token_dim == 0 ? 0 : values.stride(0);
+  v.stride_token = values.stride(token_dim);
+}
+
+inline void set_values(const char* op, const char* name, MergeApplyParams& p, const Tensor& values,
+                       bool packed = false) {
+  set_tokens(op, name, p, values, packed);
+  add_values(op, name, p, values, packed ? 0 : 1);
 }
 
 // After reduce. The CPU reads the weights that must be sizes; else the formula is applied to whatever they are.
@@ -74,17 +87,24 @@ inline void set_center(const char* op, MergeApplyParams& p, const Tensor& center
 #endif
 }
 
-// Allocates and computes (merged [B, M, D], weight float32 [B, M]); packed: [M, D] and [M].
-inline std::tuple<Tensor, Tensor> run_apply([[maybe_unused]] const char* op, MergeApplyParams& p, const Tensor& values,
-                                            bool packed = false) {
-  std::vector<int64_t> rows = {p.batch, p.out_len}, shape = {p.batch, p.out_len, p.channels};
-  if (packed) rows.erase(rows.begin()), shape.erase(shape.begin());
+// The merged rows of tensor t, whose values these are: [B, M, D] or [B, M]; packed: [M, D].
+inline Tensor empty_merged(MergeApplyParams& p, int32_t t, const Tensor& values, bool packed = false) {
+  std::vector<int64_t> shape = {p.batch, p.out_len, p.tensors[t].channels};
+  if (packed) shape.erase(shape.begin());
+  if (!packed && values.dim() == 2) shape.pop_back();
   Tensor merged = empty(shape, values.scalar_type(), values);
-  Tensor weight = empty(rows, ScalarType::Float, values);
-  p.merged = merged.mutable_data_ptr();
+  p.tensors[t].merged = merged.mutable_data_ptr();
+  return merged;
+}
+
+// Computes, and allocates the weights, float32 [B, M]; packed: [M].
+inline Tensor run_apply([[maybe_unused]] const char* op, MergeApplyParams& p, const Tensor& like, bool packed = false) {
+  std::vector<int64_t> shape = {p.batch, p.out_len};
+  if (packed) shape = {p.out_len};
+  Tensor weight = empty(shape, ScalarType::Float, like);
   p.weight_out = static_cast<float*>(weight.mutable_data_ptr());
-  if (p.batch > 0 && p.out_len > 0) VTK_LAUNCH(op, merge_apply, p, values);
-  return {merged, weight};
+  if (p.batch > 0 && p.out_len > 0) VTK_LAUNCH(op, merge_apply, p, like);
+  return weight;
 }
 
 }  // namespace vtk

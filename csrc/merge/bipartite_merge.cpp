@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_merge(const Tensor& tokens, const T
   apply.owner_stride_token = 1;
   apply.out_len = match.num_tokens - match.merges;
   apply.reduce = MergeReduce::kWeightedMean;
-  auto [merged, merged_size] = run_apply(kOp, apply, tokens);
-  return {merged, merged_size, owner};
+  Tensor merged = empty_merged(apply, 0, tokens);
+  return {merged, run_apply(kOp, apply, tokens), owner};
 }
 
 // The rows that a packed match leaves. On CUDA the read is a synchronisation, which out_len avoids.
@@ -109,8 +109,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_merge_varlen(
             match.cu_merged[match.batch], ", got ", apply.out_len);
 #endif
   apply.reduce = MergeReduce::kWeightedMean;
-  auto [merged, merged_size] = run_apply(kOp, apply, tokens, true);
-  return {merged, merged_size, owner, cu_merged};
+  apply.cu_seqlens = match.cu_seqlens;
+  apply.cu_merged = match.cu_merged;
+  apply.num_segments = match.batch;
+  Tensor merged = empty_merged(apply, 0, tokens, true);
+  return {merged, run_apply(kOp, apply, tokens, true), owner, cu_merged};
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)

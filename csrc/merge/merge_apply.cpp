@@ -30,12 +30,10 @@ MergeReduce parse_merge_reduce(const std::string& text) {
        text, "\"");
 }
 
-// merge_apply(values [B, N, D], owner int64 [B, N], out_len) -> (merged [B, out_len, D], weight float32 [B, out_len])
-std::tuple<Tensor, Tensor> merge_apply(const Tensor& values, const Tensor& owner, int64_t out_len,
-                                       const std::optional<Tensor>& weight, const std::string& reduce,
-                                       const std::optional<Tensor>& center, double beta) {
-  MergeApplyParams p = {};
-  set_values(kOp, "values", p, values);
+// What is one for all tensors.
+void set_reduction(MergeApplyParams& p, const Tensor& values, const Tensor& owner, int64_t out_len,
+                   const std::optional<Tensor>& weight, const std::string& reduce, const std::optional<Tensor>& center,
+                   double beta) {
   VTK_CHECK(kOp, out_len >= 0, "expected out_len >= 0, got ", out_len);
   p.out_len = check_count(kOp, "out_len", out_len);
   p.reduce = parse_merge_reduce(reduce);
@@ -49,7 +47,44 @@ std::tuple<Tensor, Tensor> merge_apply(const Tensor& values, const Tensor& owner
             "center with reduce=\"", reduce, "\"");
   if (center.has_value()) set_center(kOp, p, *center, values);
   set_weight(kOp, "weight", p, weight, "values", values);
-  return run_apply(kOp, p, values);
+}
+
+// merge_apply(values [B, N, D], owner int64 [B, N], out_len) -> (merged [B, out_len, D], weight float32 [B, out_len])
+std::tuple<Tensor, Tensor> merge_apply(const Tensor& values, const Tensor& owner, int64_t out_len,
+                                       const std::optional<Tensor>& weight, const std::string& reduce,
+                                       const std::optional<Tensor>& center, double beta) {
+  MergeApplyParams p = {};
+  set_values(kOp, "values", p, values);
+  set_reduction(p, values, owner, out_len, weight, reduce, center, beta);
+  Tensor merged = empty_merged(p, 0, values);
+  return {merged, run_apply(kOp, p, values)};
+}
+
+// merge_apply.tensors: one owner map over several tensors [B, N, D] or [B, N], in one launch.
+std::tuple<std::vector<Tensor>, Tensor> merge_apply_tensors(const std::vector<Tensor>& values, const Tensor& owner,
+                                                            int64_t out_len, const std::optional<Tensor>& weight,
+                                                            const std::string& reduce,
+                                                            const std::optional<Tensor>& center, double beta) {
+  VTK_CHECK(kOp, !values.empty() && values.size() <= kMaxMergeTensors, "expected 1 to ", kMaxMergeTensors,
+            " tensors in values, got ", values.size());
+  check_dim(kOp, "owner", owner, 2, "[B, N]");
+  MergeApplyParams p = {};
+  p.batch = check_count(kOp, "batch size", owner.size(0));
+  p.num_tokens = check_count(kOp, "token count", owner.size(1));
+  for (size_t t = 0; t < values.size(); ++t) {
+    const std::string name = "values[" + std::to_string(t) + "]";
+    VTK_CHECK(kOp,
+              (values[t].dim() == 2 || values[t].dim() == 3) && values[t].size(0) == p.batch &&
+                  values[t].size(1) == p.num_tokens,
+              "expected ", name, " of shape [B, N, D] or [B, N] with [B, N] = ", shape_text(owner),
+              " as in owner, got ", shape_text(values[t]));
+    check_same_device(kOp, name.c_str(), values[t], "values[0]", values[0]);
+    add_values(kOp, name.c_str(), p, values[t], 1);
+  }
+  set_reduction(p, values[0], owner, out_len, weight, reduce, center, beta);
+  std::vector<Tensor> merged;
+  for (size_t t = 0; t < values.size(); ++t) merged.push_back(empty_merged(p, static_cast<int32_t>(t), values[t]));
+  return {merged, run_apply(kOp, p, values[0])};
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)
@@ -58,10 +93,17 @@ VTK_FRAGMENT(m) {
   m.def(
       "merge_apply(Tensor values, Tensor owner, SymInt out_len, *, Tensor? weight=None, str "
       "reduce=\"weighted_mean\", Tensor? center=None, float beta=0.6) -> (Tensor merged, Tensor weight)");
+  // One owner map over several tensors of any width and float type.
+  m.def(
+      "merge_apply.tensors(Tensor[] values, Tensor owner, SymInt out_len, *, Tensor? weight=None, str "
+      "reduce=\"weighted_mean\", Tensor? center=None, float beta=0.6) -> (Tensor[] merged, Tensor weight)");
 }
 #endif
 
-VTK_IMPL(m) { m.impl("merge_apply", TORCH_BOX(&merge_apply)); }
+VTK_IMPL(m) {
+  m.impl("merge_apply", TORCH_BOX(&merge_apply));
+  m.impl("merge_apply.tensors", TORCH_BOX(&merge_apply_tensors));
+}
 
 }  // namespace
 }  // namespace vtk

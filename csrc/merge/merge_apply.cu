@@ -2,9 +2,10 @@
 //
 //   grid    blocks of 16 output rows of one item
 //   block   256 threads read the item's owner map once, list the tokens of their 16 rows in ascending order, sort the
-//           list by row, then reduce: a thread takes 16 bytes of a row through all its tokens
+//           list by row, then reduce tensor by tensor: a thread takes 16 bytes of a row through all its tokens
 //   shared  512 listed tokens, twice, and 16 row states: 6.4 KiB
-//   bound   N + M rows over the memory bandwidth; the map is read M / 16 times from L2 (8 N bytes each)
+//   bound   N + M rows over the memory bandwidth; the map is read M / 16 times from L2 (8 N bytes each; of packed
+//           segments only the segments of the 16 rows)
 //
 // A row of one token is a copy. When the 16 rows have more than 512 tokens, their threads walk the owner map instead
 // of the list: the same order, the same sums.
@@ -40,6 +41,7 @@ struct Block {
   const MergeApplyParams& p;
   SharedMemory& shared;
   int32_t b, first_row, rows;
+  Range range;     // of the tokens
   int32_t listed;  // more than kMaxListed: there is no list
 
   __device__ int32_t row_of(int32_t n) const {
@@ -50,6 +52,23 @@ struct Block {
   __device__ int64_t center_of(int64_t row) const {
     return p.center == nullptr ? -1 : p.center[b * p.center_stride_batch + row * p.center_stride_row];
   }
+  // Where the tokens of the rows are: anywhere, or in the packed segments that the rows belong to.
+  __device__ Range tokens() const {
+    if (p.cu_merged == nullptr || p.num_segments == 0) return {0, p.num_tokens};
+    const auto token_at = [&](int32_t s) { return min(max(p.cu_seqlens[s], 0), p.num_tokens); };
+    return {token_at(segment_of(first_row)), token_at(segment_of(first_row + rows - 1) + 1)};
+  }
+  __device__ int32_t segment_of(int32_t row) const {
+    int32_t low = 0, high = max(p.num_segments - 1, 0);
+    while (low < high) {
+      const int32_t middle = (low + high + 1) / 2;
+      if (p.cu_merged[middle] <= row)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    return low;
+  }
   __device__ float weight_of(int32_t n) const {
     if (p.weight == nullptr) return 1.0f;
     return load_float(p.weight, p.weight_dtype, b * p.weight_stride_batch + n * p.weight_stride_token);
@@ -58,9 +77,9 @@ struct Block {
   // Lists the tokens of the rows, ascending.
   __device__ void list_tokens() {
     listed = 0;
-    for (int32_t chunk = 0; chunk < p.num_tokens; chunk += kThreads) {
+    for (int32_t chunk = range.begin; chunk < range.end; chunk += kThreads) {
       const int32_t n = chunk + threadIdx.x;
-      const int32_t row = n < p.num_tokens ? row_of(n) : -1;
+      const int32_t row = n < range.end ? row_of(n) : -1;
       const Prefix<int32_t> found = block_prefix<kThreads>(int32_t{row >= 0}, shared.warps);
       const int32_t slot = listed + found.before;
       if (row >= 0 && slot < kMaxListed) {
@@ -98,7 +117,7 @@ struct Block {
     if (listed <= kMaxListed) {
       for (int32_t i = shared.first[row]; i < shared.first[row + 1]; ++i) visit(shared.sorted[i]);
     } else {
-      for (int32_t n = 0; n < p.num_tokens; ++n)
+      for (int32_t n = range.begin; n < range.end; ++n)
         if (row_of(n) == row) visit(n);
     }
   }
@@ -125,12 +144,12 @@ struct Block {
 
 // One vector of a row: T by T, or 16 bytes at once.
 template <class T, class Vector>
-__device__ void reduce_vector(const Block& block, int32_t row, int32_t column, Vector* to) {
+__device__ void reduce_vector(const Block& block, const MergeValues& v, int32_t row, int32_t column, Vector* to) {
   constexpr int kWidth = sizeof(Vector) / sizeof(T);
   const MergeApplyParams& p = block.p;
-  const T* values = static_cast<const T*>(p.values) + block.b * p.stride_batch;
+  const T* values = static_cast<const T*>(v.values) + block.b * v.stride_batch;
   auto at = [&](int32_t n) {
-    return *(reinterpret_cast<const Vector*>(values + static_cast<int64_t>(n) * p.stride_token) + column);
+    return *(reinterpret_cast<const Vector*>(values + static_cast<int64_t>(n) * v.stride_token) + column);
   };
   const int32_t count = block.shared.count[row];
   Vector out;
@@ -166,44 +185,55 @@ __device__ void reduce_vector(const Block& block, int32_t row, int32_t column, V
   *to = out;
 }
 
-// blockIdx.x = item * blocks + block of rows.
 template <class T, class Vector>
+__device__ void reduce_rows(const Block& block, const MergeValues& v) {
+  const int32_t vectors = v.channels / static_cast<int32_t>(sizeof(Vector) / sizeof(T));
+  T* gMerged =
+      static_cast<T*>(v.merged) + (static_cast<int64_t>(block.b) * block.p.out_len + block.first_row) * v.channels;
+  for (int32_t e = threadIdx.x; e < block.rows * vectors; e += kThreads)
+    reduce_vector<T, Vector>(block, v, e / vectors, e % vectors, reinterpret_cast<Vector*>(gMerged) + e);
+}
+
+template <class T>
+__device__ void reduce_tensor(const Block& block, const MergeValues& v) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(v.values) | reinterpret_cast<uint64_t>(v.merged) |
+                        (static_cast<uint64_t>(v.stride_batch) | v.stride_token | v.channels) * sizeof(T);
+  if (bits % 16 == 0)
+    reduce_rows<T, uint4>(block, v);
+  else
+    reduce_rows<T, T>(block, v);
+}
+
+// blockIdx.x = item * blocks + block of rows.
 __global__ void __launch_bounds__(kThreads, 4)
     merge_apply_kernel(const __grid_constant__ MergeApplyParams p, int32_t blocks) {
   __shared__ SharedMemory shared;
   const int32_t first_row = blockIdx.x % blocks * kRows;
-  Block block{p, shared, static_cast<int32_t>(blockIdx.x / blocks), first_row, min(kRows, p.out_len - first_row), 0};
+  Block block{p,  shared, static_cast<int32_t>(blockIdx.x / blocks), first_row, min(kRows, p.out_len - first_row),
+              {}, 0};
+  block.range = block.tokens();
   block.list_tokens();
   block.sort_list();
   block.weigh();
 
   // Reduce.
-  const int32_t vectors = p.channels / static_cast<int32_t>(sizeof(Vector) / sizeof(T));
-  T* gMerged = static_cast<T*>(p.merged) + (static_cast<int64_t>(block.b) * p.out_len + first_row) * p.channels;
-  for (int32_t e = threadIdx.x; e < block.rows * vectors; e += kThreads)
-    reduce_vector<T, Vector>(block, e / vectors, e % vectors, reinterpret_cast<Vector*>(gMerged) + e);
-}
-
-template <class T>
-cudaError_t run(const MergeApplyParams& p, cudaStream_t stream) {
-  const uint64_t bits = reinterpret_cast<uint64_t>(p.values) | reinterpret_cast<uint64_t>(p.merged) |
-                        (static_cast<uint64_t>(p.stride_batch) | p.stride_token | p.channels) * sizeof(T);
-  const int32_t blocks = ceil_div(p.out_len, kRows);
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(p.batch) * blocks);
-  shape.block = dim3(kThreads);
-  if (bits % 16 == 0) return launch(merge_apply_kernel<T, uint4>, shape, stream, p, blocks);
-  return launch(merge_apply_kernel<T, T>, shape, stream, p, blocks);
+  for (int32_t t = 0; t < p.num_tensors; ++t) {
+    switch (p.tensors[t].dtype) {
+      case DType::kFloat32: reduce_tensor<float>(block, p.tensors[t]); break;
+      case DType::kFloat16: reduce_tensor<__half>(block, p.tensors[t]); break;
+      default: reduce_tensor<__nv_bfloat16>(block, p.tensors[t]); break;
+    }
+  }
 }
 
 }  // namespace
 
 cudaError_t merge_apply_cuda(const MergeApplyParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::kFloat32: return run<float>(p, stream);
-    case DType::kFloat16: return run<__half>(p, stream);
-    default: return run<__nv_bfloat16>(p, stream);
-  }
+  const int32_t blocks = ceil_div(p.out_len, kRows);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(p.batch) * blocks);
+  shape.block = dim3(kThreads);
+  return launch(merge_apply_kernel, shape, stream, p, blocks);
 }
 
 }  // namespace vtk

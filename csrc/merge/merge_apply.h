@@ -62,11 +62,21 @@ struct RowReduction {
   }
 };
 
+inline constexpr int kMaxMergeTensors = 16;
+
+// One tensor whose rows are merged. Strides in elements.
+struct MergeValues {
+  const void* values;  // [B, N, D], the last dimension contiguous
+  void* merged;        // [B, M, D]
+  DType dtype;
+  int32_t channels;  // D
+  int64_t stride_batch, stride_token;
+};
+
 // Strides in elements.
 struct MergeApplyParams {
-  const void* values;  // [B, N, D], the last dimension contiguous
-  DType dtype;
-  int64_t stride_batch, stride_token;
+  MergeValues tensors[kMaxMergeTensors];
+  int32_t num_tensors;
   // [B, N]. The CPU op has checked it; on CUDA nobody has read it yet: entries outside [0, out_len) count as dropped.
   const int64_t* owner;
   int64_t owner_stride_batch, owner_stride_token;
@@ -79,12 +89,15 @@ struct MergeApplyParams {
   int64_t center_stride_batch, center_stride_row;
   int32_t batch;       // B
   int32_t num_tokens;  // N
-  int32_t channels;    // D
   int32_t out_len;     // M
   MergeReduce reduce;
   float beta;
-  void* merged;       // [B, M, D]
-  float* weight_out;  // [B, M]
+  // CUDA only, null unless B = 1 and the tokens are packed segments whose rows lie as they do: where to look for the
+  // tokens of a row. Nobody has read them yet.
+  const int32_t* cu_seqlens;  // [S + 1]
+  const int32_t* cu_merged;   // [S + 1]
+  int32_t num_segments;       // S
+  float* weight_out;          // [B, M]
 };
 
 // The first weight that is not a finite number above 0; batch -1 when there is none.

@@ -83,22 +83,27 @@ void reduce_columns(const Member* members, int32_t count, float divisor, const L
 }
 
 template <bool kMax, class T>
-void reduce_row(const MergeApplyParams& p, const T* values, const Member* members, int32_t count, float divisor,
-                T* out) {
+void reduce_row(const MergeValues& v, const T* values, const Member* members, int32_t count, float divisor, T* out) {
   constexpr int kVectors = 4;
   int32_t c = 0;
-  for (; c + kVectors * kLanes <= p.channels; c += kVectors * kLanes)
+  for (; c + kVectors * kLanes <= v.channels; c += kVectors * kLanes)
     reduce_columns<kMax, kVectors>(
         members, count, divisor,
-        [&](int64_t token, int v) { return load(values + token * p.stride_token + c + v * kLanes); },
-        [&](int v, f32v x) { store(out + c + v * kLanes, x); });
-  for (; c < p.channels; c += kLanes) {
-    const int width = std::min<int32_t>(kLanes, p.channels - c);
+        [&](int64_t token, int i) { return load(values + token * v.stride_token + c + i * kLanes); },
+        [&](int i, f32v x) { store(out + c + i * kLanes, x); });
+  for (; c < v.channels; c += kLanes) {
+    const int width = std::min<int32_t>(kLanes, v.channels - c);
     reduce_columns<kMax, 1>(
         members, count, divisor,
-        [&](int64_t token, int) { return load_partial(values + token * p.stride_token + c, width); },
+        [&](int64_t token, int) { return load_partial(values + token * v.stride_token + c, width); },
         [&](int, f32v x) { store_partial(out + c, x, width); });
   }
+}
+
+int64_t merged_row_bytes(const MergeValues& v) { return int64_t{v.channels} * (v.dtype == DType::kFloat32 ? 4 : 2); }
+
+bool streams(const MergeApplyParams& p, const MergeValues& v) {
+  return int64_t{p.batch} * p.out_len * merged_row_bytes(v) > kStreamBytes;
 }
 
 void weigh(const RowReduction& row, int64_t center, Member* members, int32_t count) {
@@ -110,44 +115,57 @@ void weigh(const RowReduction& row, int64_t center, Member* members, int32_t cou
   }
 }
 
+// One row of one tensor, from the coefficients of its members.
 template <class T>
-void merge_row(const MergeApplyParams& p, int64_t b, int64_t row, const Groups& groups, bool stream) {
-  const T* values = static_cast<const T*>(p.values) + b * p.stride_batch;
-  Member* members = groups.members + groups.first[row];
-  const int32_t count = groups.first[row + 1] - groups.first[row];
-  T* out = static_cast<T*>(p.merged) + (b * p.out_len + row) * p.channels;
-  const size_t bytes = p.channels * sizeof(T);
-  float total = 0.0f;
-  for (int32_t i = 0; i < count; ++i) total += members[i].weight;
-  p.weight_out[b * p.out_len + row] = total;
-
+void merge_row(const MergeApplyParams& p, const MergeValues& v, int64_t b, int64_t row, const Member* members,
+               int32_t count, float divisor) {
+  const T* values = static_cast<const T*>(v.values) + b * v.stride_batch;
+  T* out = static_cast<T*>(v.merged) + (b * p.out_len + row) * v.channels;
+  const size_t bytes = v.channels * sizeof(T);
   if (count == 0) {
     std::memset(static_cast<void*>(out), 0, bytes);
   } else if (count == 1) {
-    const char* from = reinterpret_cast<const char*>(values + members[0].token * p.stride_token);
-    if (stream)
+    const char* from = reinterpret_cast<const char*>(values + members[0].token * v.stride_token);
+    if (streams(p, v))
       stream_copy(reinterpret_cast<char*>(out), from, bytes);
     else
       std::memcpy(static_cast<void*>(out), from, bytes);
   } else if (p.reduce == MergeReduce::kMax) {
-    reduce_row<true>(p, values, members, count, 1.0f, out);
+    reduce_row<true>(v, values, members, count, divisor, out);
   } else {
-    const RowReduction reduction = {p.reduce, p.beta, count - 1, total};
-    weigh(reduction, center_of(p, b, row), members, count);
-    reduce_row<false>(p, values, members, count, reduction.divisor(), out);
+    reduce_row<false>(v, values, members, count, divisor, out);
   }
 }
 
-template <class T>
+// One row of every tensor.
+void merge_row(const MergeApplyParams& p, int64_t b, int64_t row, const Groups& groups) {
+  Member* members = groups.members + groups.first[row];
+  const int32_t count = groups.first[row + 1] - groups.first[row];
+  float total = 0.0f;
+  for (int32_t i = 0; i < count; ++i) total += members[i].weight;
+  p.weight_out[b * p.out_len + row] = total;
+  const RowReduction reduction = {p.reduce, p.beta, count - 1, total};
+  if (count > 1) weigh(reduction, center_of(p, b, row), members, count);
+  for (int32_t t = 0; t < p.num_tensors; ++t) {
+    const MergeValues& v = p.tensors[t];
+    switch (v.dtype) {
+      case DType::kFloat32: merge_row<float>(p, v, b, row, members, count, reduction.divisor()); break;
+      case DType::kFloat16: merge_row<f16>(p, v, b, row, members, count, reduction.divisor()); break;
+      case DType::kBFloat16: merge_row<bf16>(p, v, b, row, members, count, reduction.divisor()); break;
+    }
+  }
+}
+
 void merge_rows(const MergeApplyParams& p, int32_t* first, Member* members) {
-  const int64_t row_bytes = std::max<int64_t>(1, p.channels * sizeof(T));
-  const bool stream = p.batch * p.out_len * row_bytes > kStreamBytes;
+  int64_t row_bytes = 1;
+  for (int32_t t = 0; t < p.num_tensors; ++t) row_bytes += merged_row_bytes(p.tensors[t]);
+  const bool stream = std::any_of(p.tensors, p.tensors + p.num_tensors, [&](const auto& v) { return streams(p, v); });
   parallel_for(int64_t{p.batch} * p.out_len, std::max<int64_t>(1, kCopyGrainBytes / row_bytes),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t b = i / p.out_len;
                    const Groups groups = {first + b * (p.out_len + 1), members + b * p.num_tokens};
-                   merge_row<T>(p, b, i % p.out_len, groups, stream);
+                   merge_row(p, b, i % p.out_len, groups);
                  }
                  if (stream) stream_fence();
                });
@@ -171,11 +189,7 @@ void merge_apply_cpu(const MergeApplyParams& p) {
     for (int64_t b = begin; b < end; ++b)
       group(p, b, {&first[b * (int64_t{p.out_len} + 1)], &members[b * p.num_tokens]});
   });
-  switch (p.dtype) {
-    case DType::kFloat32: merge_rows<float>(p, first.get(), members.get()); break;
-    case DType::kFloat16: merge_rows<f16>(p, first.get(), members.get()); break;
-    case DType::kBFloat16: merge_rows<bf16>(p, first.get(), members.get()); break;
-  }
+  merge_rows(p, first.get(), members.get());
 }
 
 }  // namespace VTK_ISA

@@ -7,7 +7,7 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
-from vtkernels.ops.merge_packed import bipartite_match_varlen, bipartite_merge_varlen
+from vtkernels.ops.merge_forms import bipartite_match_varlen, bipartite_merge_varlen, merge_apply_tensors
 from vtkernels.ops.score import attention_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -26,6 +26,7 @@ __all__ = [
     "bipartite_merge",
     "bipartite_merge_varlen",
     "merge_apply",
+    "merge_apply_tensors",
     "nearest_match",
     "prune_gather",
     "prune_gather_attention",

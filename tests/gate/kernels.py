@@ -20,7 +20,7 @@ class Allowed:
 HOT = Allowed()
 
 KERNELS: dict[str, dict[str, Allowed]] = {
-    "csrc/merge/bipartite_match.cu": {"prepare_kernel": HOT, "match_kernel": HOT, "merge_kernel": HOT},
+    "csrc/merge/bipartite_match.cu": {"bipartite_match_kernel": HOT},
     "csrc/merge/merge_apply.cu": {"merge_apply_kernel": HOT},
     "csrc/merge/nearest_match.cu": {
         "nearest_prepare_kernel": HOT,

@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import merge, merge_packed, score, select
+from vtkernels.ops import merge, merge_forms, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -14,10 +14,11 @@ PUBLIC = {
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
     "bipartite_match": merge.bipartite_match,
-    "bipartite_match.varlen": merge_packed.bipartite_match_varlen,
+    "bipartite_match.varlen": merge_forms.bipartite_match_varlen,
     "merge_apply": merge.merge_apply,
+    "merge_apply.tensors": merge_forms.merge_apply_tensors,
     "nearest_match": merge.nearest_match,
     "unmerge": merge.unmerge,
     "bipartite_merge": merge.bipartite_merge,
-    "bipartite_merge.varlen": merge_packed.bipartite_merge_varlen,
+    "bipartite_merge.varlen": merge_forms.bipartite_merge_varlen,
 }

@@ -50,9 +50,8 @@ def bipartite_match(
         RuntimeError: a shape, dtype, device or option that does not fit, ``r < 0``, a NaN ``threshold``, naming the
             argument.
 
-    Extra memory: on the CPU about ``4 * N * C + 32 * N`` bytes for each batch row in work, on CUDA about ``30 * N`` for
-    each row and ``4 * N`` more for each block that shares it (at most 512 share all rows); never an ``N/2 x N/2``
-    matrix.
+    Extra memory: on the CPU about ``4 * N * C + 32 * N`` bytes for each batch row in work (causal: twice that), on CUDA
+    about ``24 * N`` for each row; never an ``N/2 x N/2`` matrix.
 
     Example:
         >>> angles = torch.deg2rad(torch.tensor([0.0, 10.0, 90.0, 82.0, 50.0, 200.0]))

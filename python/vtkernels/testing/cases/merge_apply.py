@@ -33,9 +33,16 @@ def _centered(reduce: str):
     return make
 
 
+def _several(random: torch.Generator, dtype: torch.dtype):
+    owner = torch.randint(-1, 6, (2, 17), generator=random)
+    hidden, mask = torch.randn(2, 17, 9, generator=random).to(dtype), torch.rand(2, 17, generator=random)
+    return ([hidden, mask, hidden[..., :4].float()], owner, 6), {"weight": mask + 0.5}
+
+
 CASES = [
     Case("merge_apply", "plain", _plain),
     Case("merge_apply", "weights, dropped tokens, strided", _weighted),
     *(Case("merge_apply", reduce, _reduced(reduce)) for reduce in ("mean", "sum", "max")),
+    Case("merge_apply.tensors", "three widths, two types", _several),
     *(Case("merge_apply", reduce, _centered(reduce)) for reduce in ("beta", "sequential_half", "prune")),
 ]

@@ -1,4 +1,5 @@
-"""The merge family over packed segments, each with its own r: frames, crops, temporal segments.
+"""Further forms of the merge ops: packed segments, each with its own r (frames, crops, temporal segments), and several
+tensors under one owner map.
 
 An owner map of packed tokens is that of a batch of one: ``merge_apply(values[None], owner[None], out_len)`` and
 ``unmerge(merged[None], owner[None])`` take it as it is.
@@ -118,6 +119,45 @@ def bipartite_merge_varlen(
     )  # fmt: skip
 
 
+def merge_apply_tensors(
+    values: list[Tensor],
+    owner: Tensor,
+    out_len: int,
+    *,
+    weight: Tensor | None = None,
+    reduce: str = "weighted_mean",
+    center: Tensor | None = None,
+    beta: float = 0.6,
+) -> tuple[list[Tensor], Tensor]:
+    """Reduces several tensors by one owner map: hidden states, keys, values, masks, running scores.
+
+    ``merged[i] = merge_apply(values[i], owner, out_len)``, bit by bit, with the map and the weights read once.
+
+    Args:
+        values: 1 to 16 tensors of float32, float16 or bfloat16, each ``[B, N, D]`` with a D of its own, or ``[B, N]``
+            for rows of one number; any batch and token strides, contiguous last dimension of ``[B, N, D]``.
+        owner: int64 ``[B, N]``: the output row of each token, or -1 to drop it.
+        out_len, weight, reduce, center, beta: as in :func:`merge_apply`, the same for all tensors.
+
+    Returns:
+        The merged tensors, ``[B, out_len, D]`` or ``[B, out_len]``, and ``weight`` float32 ``[B, out_len]``.
+
+    Raises:
+        RuntimeError: as :func:`merge_apply`.
+
+    Example:
+        >>> hidden, mask = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]), torch.tensor([[1.0, 0.5]])
+        >>> merged, _ = merge_apply_tensors([hidden, mask], torch.tensor([[0, 0]]), 1, reduce="max")
+        >>> [t.tolist() for t in merged]
+        [[[[3.0, 4.0]]], [[1.0]]]
+
+    LOOK-M merges keys and values by one map (arXiv 2406.18139).
+    """
+    return torch.ops.vtk.merge_apply.tensors(
+        values, owner, out_len, weight=weight, reduce=reduce, center=center, beta=beta
+    )
+
+
 @torch.library.register_fake("vtk::bipartite_match.varlen")
 def _(metric, cu_seqlens, r, **_options):
     count = metric.shape[0]
@@ -138,6 +178,14 @@ def _(tokens, metric, cu_seqlens, r, *, out_len=None, **_options):
     )
 
 
+@torch.library.register_fake("vtk::merge_apply.tensors")
+def _(values, owner, out_len, **_options):
+    torch._check(out_len >= 0, lambda: f"vtk::merge_apply: expected out_len >= 0, got {out_len}")
+    batch = owner.shape[0]
+    merged = [v.new_empty(batch, out_len, *v.shape[2:]) for v in values]
+    return merged, owner.new_empty(batch, out_len, dtype=torch.float32)
+
+
 _library = torch.library.Library("vtk", "FRAGMENT")
 
 
@@ -154,7 +202,7 @@ class _BipartiteMergeVarlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         owner, size, total = (None if t is None else t[None] for t in ctx.saved_tensors)
-        return merge_gradient(grad[None], owner, size, total, "weighted_mean", None, None)[0], *[None] * 4
+        return merge_gradient(grad[None], owner, size, total, "weighted_mean")[0], *[None] * 4
 
 
 def _bipartite_merge_varlen_autograd(tokens, metric, cu_seqlens, r, **options):
@@ -163,5 +211,41 @@ def _bipartite_merge_varlen_autograd(tokens, metric, cu_seqlens, r, **options):
     return below(torch.ops.vtk.bipartite_merge.varlen, tokens, metric, cu_seqlens, r, **options)
 
 
+class _MergeApplyTensors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, owner, out_len, options, *values):
+        merged, total = below(torch.ops.vtk.merge_apply.tensors, list(values), owner, out_len, **options)
+        ctx.count, ctx.reduce, ctx.beta = len(values), options["reduce"], options["beta"]
+        extremes = (*values, *merged) if ctx.reduce == "max" else ()
+        ctx.save_for_backward(owner, options["weight"], total, options["center"], *extremes)
+        ctx.mark_non_differentiable(total)
+        return (*merged, total)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        owner, weight, total, center, *extremes = ctx.saved_tensors
+
+        def gradient(i: int) -> Tensor:
+            pair = (_as_rows(extremes[i]), _as_rows(extremes[i + ctx.count])) if extremes else None
+            rows = merge_gradient(_as_rows(grads[i]), owner, weight, total, ctx.reduce, pair, center, ctx.beta)
+            return rows.squeeze(-1) if grads[i].dim() == 2 else rows
+
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *(gradient(i) if needed[i] else None for i in range(ctx.count))
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 3 else x[..., None]
+
+
+def _merge_apply_tensors_autograd(values, owner, out_len, **options):
+    if needs_grad(*values):
+        options = {"weight": None, "reduce": "weighted_mean", "center": None, "beta": 0.6, **options}
+        *merged, total = _MergeApplyTensors.apply(owner, out_len, options, *values)
+        return merged, total
+    return below(torch.ops.vtk.merge_apply.tensors, values, owner, out_len, **options)
+
+
 _library.impl("bipartite_match.varlen", torch.library.fallthrough_kernel, "Autograd")
 _library.impl("bipartite_merge.varlen", _bipartite_merge_varlen_autograd, "Autograd")
+_library.impl("merge_apply.tensors", _merge_apply_tensors_autograd, "Autograd")
