@@ -2,8 +2,8 @@
 //
 //   split    lists the sources and destinations of an item
 //   unit     x / |x| of all of them, once, as float32: sources transposed in groups of 2 vectors, destinations as rows
-//   match    a lane is a source, destinations are broadcast six at a time: 12 accumulators, 8 loads for 12 FMAs.
-//            Each lane keeps its best similarity and destination, so nothing is ever reduced across lanes.
+//   match    dot_tile.h: a lane is a source, destinations are broadcast six at a time. Each lane keeps its best
+//            similarity and destination, so nothing is ever reduced across lanes.
 //   merge    the r best edges by nth_element over (similarity, source) packed in one integer, then the output rows
 //
 // Causal: the sources are the destinations, and each lane counts the destinations before its own token only.
@@ -13,22 +13,20 @@
 #include "merge/bipartite_match.h"
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <limits>
 
 #include "common/order_key.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "common/simd.h"
 #include "device/tile.h"
+#include "merge/dot_tile.h"
 
 namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int kGroup = 2 * kLanes;       // sources of a register tile
-constexpr int kTileDestinations = 6;     // destinations of one
+constexpr int kTileDestinations = kTileRows;
 constexpr int kBlock = 4 * kGroup;       // sources that share a pass over the destinations
 constexpr int64_t kWorkGrain = 1 << 17;  // multiply-adds that pay for a fork
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -40,23 +38,6 @@ uint64_t edge_rank(float similarity, int32_t source) {
 }
 
 int32_t source_of(uint64_t rank) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank)); }
-
-template <class T>
-float squared_norm(const T* x, int32_t channels) {
-  f32v lanes = {};
-  int32_t d = 0;
-  for (; d + kLanes <= channels; d += kLanes) lanes += load(x + d) * load(x + d);
-  const f32v tail = load_partial(x + d, channels - d);
-  return sum(lanes + tail * tail);
-}
-
-// 1 / norm; 0 for a zero vector, NaN for a token without a cosine.
-template <class T>
-float inverse_norm(const T* x, int32_t channels) {
-  const float squared = squared_norm(x, channels);
-  if (!(squared < kInfinity)) return kNaN;
-  return squared >= kMinSquaredNorm ? 1.0f / std::sqrt(squared) : 0.0f;
-}
 
 // Tokens that match among themselves: a batch row, or a packed segment.
 struct Segment {
@@ -152,7 +133,7 @@ class Matcher {
 
   template <class T>
   void unit_row(const T* from, float* to) {
-    const float factor = inverse_norm(from, p.channels);
+    const float factor = inverse_norm(squared_norm(from, p.channels));
     int32_t c = 0;
     for (; c + kLanes <= p.channels; c += kLanes) store(to + c, load(from + c) * factor);
     for (; c < p.channels; ++c) to[c] = to_float(from[c]) * factor;
@@ -160,7 +141,7 @@ class Matcher {
 
   template <class T>
   void unit_column(const T* from, float* to) {
-    const float factor = inverse_norm(from, p.channels);
+    const float factor = inverse_norm(squared_norm(from, p.channels));
     for (int32_t c = 0; c < p.channels; ++c) to[int64_t{c} * kGroup] = to_float(from[c]) * factor;
   }
 
@@ -185,18 +166,7 @@ class Matcher {
   template <bool kCausal>
   void match_tile(const float* const* rows, int32_t d, const float* columns, int32_t s) {
     f32v dot[kTileDestinations][2];
-#pragma GCC unroll 6
-    for (int i = 0; i < kTileDestinations; ++i) dot[i][0] = dot[i][1] = f32v{};
-    const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
-    for (int32_t c = 0; c < p.channels; ++c) {
-      const float row[kTileDestinations] = {r0[c], r1[c], r2[c], r3[c], r4[c], r5[c]};
-      const f32v low = load(columns + int64_t{c} * kGroup), high = load(columns + int64_t{c} * kGroup + kLanes);
-#pragma GCC unroll 6
-      for (int i = 0; i < kTileDestinations; ++i) {
-        dot[i][0] += row[i] * low;
-        dot[i][1] += row[i] * high;
-      }
-    }
+    dot_tile(rows, columns, p.channels, dot);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       float* best = &best_[s + v * kLanes];

@@ -46,7 +46,9 @@ VTK_HOST_DEVICE inline float distance_term(float squared_norm) {
   return squared_norm < kMaxSquaredNorm ? -0.5f * squared_norm : NAN;
 }
 
-VTK_HOST_DEVICE inline float score_of(Distance distance, float dot, float token, float center) {
+// V is a float or a vector of them.
+template <class V>
+VTK_HOST_DEVICE V score_of(Distance distance, V dot, V token, float center) {
   return distance == Distance::kCosine ? dot * token * center : dot + (token + center);
 }
 

@@ -1,0 +1,61 @@
+// The register tile of the matching kernels: dot products of a group of tokens, a lane each, with six rows whose
+// elements are broadcast: 12 accumulators, 8 loads for 12 FMAs a channel. Every dot product is summed in the order of
+// the channels. Include only from *_cpu.cpp files.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "common/cosine.h"
+#include "common/simd.h"
+
+namespace vtk {
+namespace VTK_ISA {
+
+constexpr int kGroup = 2 * kLanes;  // tokens of a tile
+constexpr int kTileRows = 6;
+
+template <class T>
+static inline float squared_norm(const T* x, int32_t channels) {
+  f32v lanes = {};
+  int32_t d = 0;
+  for (; d + kLanes <= channels; d += kLanes) lanes += load(x + d) * load(x + d);
+  const f32v tail = load_partial(x + d, channels - d);
+  return sum(lanes + tail * tail);
+}
+
+// 1 / norm; 0 for a zero vector, NaN for a token without a cosine.
+static inline float inverse_norm(float squared_norm) {
+  if (!(squared_norm < std::numeric_limits<float>::infinity())) return NAN;
+  return squared_norm >= kMinSquaredNorm ? 1.0f / std::sqrt(squared_norm) : 0.0f;
+}
+
+// Lane j of v[i] and lane i of v[j] change places.
+template <int kStep = 1>
+static inline void transpose(f32v (&v)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if ((i & kStep) == 0) exchange<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes>());
+    transpose<2 * kStep>(v);
+  }
+}
+
+// dot[i][v] = row i . vector v of the group; columns is [channels, kGroup].
+static inline void dot_tile(const float* const* rows, const float* columns, int32_t channels,
+                            f32v (&dot)[kTileRows][2]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileRows; ++i) dot[i][0] = dot[i][1] = f32v{};
+  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
+  for (int32_t c = 0; c < channels; ++c) {
+    const float row[kTileRows] = {r0[c], r1[c], r2[c], r3[c], r4[c], r5[c]};
+    const f32v low = load(columns + int64_t{c} * kGroup), high = load(columns + int64_t{c} * kGroup + kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) {
+      dot[i][0] += row[i] * low;
+      dot[i][1] += row[i] * high;
+    }
+  }
+}
+
+}  // namespace VTK_ISA
+}  // namespace vtk
