@@ -336,6 +336,7 @@ def merge_gradient(
     ``extremes`` are values and merged.
     """
     if reduce == "max":
+        assert extremes is not None
         return _max_gradient(grad, owner, *extremes)
     share = _shares(owner, weight, total, reduce, center, beta).where(_owned(owner, total.shape[1]), 0)
     return (rows_of(grad, owner) * share[..., None]).to(grad.dtype)
