@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Any
 
 from vtkernels.zoo.adapters import adapter_of
-from vtkernels.zoo.adapters.base import Adapter, Claim, LastRun
+from vtkernels.zoo.adapters.attachment import Attachment, Claim
+from vtkernels.zoo.adapters.base import LastRun
 from vtkernels.zoo.recipe import Recipe
 from vtkernels.zoo.registry import make_recipe
 
@@ -14,7 +15,7 @@ from vtkernels.zoo.registry import make_recipe
 class Handle:
     """A method on a model, until :meth:`remove` or the end of a ``with`` block."""
 
-    def __init__(self, adapter: Adapter, claim: Claim):
+    def __init__(self, adapter: Attachment, claim: Claim):
         self._adapter = adapter
         self._claim = claim
         self._attached = True
@@ -88,7 +89,8 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
     else:
         recipe = make_recipe(method, **options)
     adapter = adapter_of(model)
-    claim = Claim(recipe, _budget(recipe.name, keep, adapter.encoder.num_patches))
+    wanted = _budget(recipe.name, keep, adapter.encoder.num_patches)
+    claim = Claim(recipe, recipe.budget(adapter.encoder, wanted))
     adapter.attach(claim)
     return Handle(adapter, claim)
 

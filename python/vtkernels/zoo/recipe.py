@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vtkernels import attention_scores
 
-Stage = Literal["vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
+Stage = Literal["vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
 
-# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first two.
-STAGES: tuple[Stage, ...] = ("vision_encoder", "after_projector", "between_layers", "cache", "decoding")
+# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first three.
+STAGES: tuple[Stage, ...] = ("vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding")
 
 # Kept tokens [images, keep, C] and their indices int64 [images, keep] into ctx.tokens, ascending.
 Kept = tuple[Tensor, Tensor]
@@ -122,6 +122,10 @@ class Recipe:
     def attention_layers(self, encoder: Encoder) -> tuple[int, ...]:
         """The encoder layers whose query and key the recipe scores with."""
         return ()
+
+    def budget(self, encoder: Encoder, keep: int | None) -> int | None:
+        """Tokens an image, or None for all, when ``keep`` was asked for: a recipe's options may say it as well."""
+        return keep
 
     def check(self, encoder: Encoder, keep: int) -> None:
         """Raises ValueError when this encoder or budget cannot be served."""

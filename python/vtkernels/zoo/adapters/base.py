@@ -8,21 +8,19 @@ also selects; shortens the prompt; and then runs the model's own method, to whic
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask
 from vtkernels.zoo.adapters.prompt import Shortened, real_tokens, rows_of_images
-from vtkernels.zoo.recipe import Context, Encoder, Recipe, Stage
-
-_ABSENT = object()
+from vtkernels.zoo.recipe import Context, Encoder, Stage
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,6 @@ class LastRun:
     attention_mask: Tensor | None
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A recipe on a model, with its budget: tokens an image, or None for all."""
-
-    recipe: Recipe
-    keep: int | None
-
-
 class Encoding:
     """One run of the vision encoder: what its hooks captured, and what the stages selected."""
 
@@ -72,9 +62,10 @@ class Encoding:
         """``projected`` [images, S, H * D] as the view [images, H, S, D], a constant of the backward pass."""
         self.projections.setdefault(layer, {})[role] = projected.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def start(self, features: Tensor) -> None:
+    def start(self, features: Tensor, merged: Tensor | None) -> None:
+        """``merged`` int64 [images, patches]: the feature that each patch is in, where the encoder merged them."""
         images, n, _ = features.shape
-        if n != self.encoder.num_patches:
+        if merged is None and n != self.encoder.num_patches:
             raise ValueError(
                 f"vtkernels.zoo: expected {self.encoder.num_patches} patches ({self.encoder.grid[0]} x "
                 f"{self.encoder.grid[1]}) from the vision encoder, got {n}"
@@ -125,30 +116,19 @@ class Encoding:
         return dropped
 
 
-class Adapter(ABC):
-    """A family's adapter, one instance a model. It lives on the model while at least one recipe is attached."""
-
-    model_class: ClassVar[type]
-    serves: ClassVar[tuple[Stage, ...]]
+class Adapter(Attachment):
+    """The adapter of a family of vision-language models."""
 
     def __init__(self, model: Any, attribute: str):
-        self.model = model
-        self.attribute = attribute
-        self.encoder = self.describe_encoder()
-        self.claims: dict[Stage, Claim] = {}
-        self.last: LastRun | None = None
+        super().__init__(model, attribute)
         self.encoding: Encoding | None = None  # while the encoder runs for us: the hooks write here
         self.served: Encoding | None = None  # while the model's own method runs for us
-        self._undo: list[Callable[[], None]] = []
+        self._last: LastRun | None = None
 
     # What a family knows.
 
     @abstractmethod
-    def describe_encoder(self) -> Encoder:
-        """Raises ValueError for a configuration that the adapter does not serve."""
-
-    @abstractmethod
-    def install(self) -> None:
+    def install_family(self) -> None:
         """Hooks and overrides of the family, through :meth:`hook` and :meth:`override`."""
 
     @abstractmethod
@@ -163,76 +143,20 @@ class Adapter(ABC):
     def special_ids(self) -> set[int]:
         """Ids that are no words: image, padding, begin and end of sequence."""
 
-    # Attach and detach.
+    # Attach.
 
-    def attach(self, claim: Claim) -> None:
-        self._validate(claim)
-        before = dict(self.claims)
-        self.claims.update(dict.fromkeys(claim.recipe.stages(), claim))
-        try:
-            self._reinstall()
-        except BaseException:
-            self.claims = before
-            self._reinstall()
-            raise
-
-    def detach(self, claim: Claim) -> None:
-        self.claims = {stage: other for stage, other in self.claims.items() if other is not claim}
-        self._reinstall()
+    @property
+    def last(self) -> LastRun | None:
+        return self._last
 
     def layers(self) -> set[int]:
         """The encoder layers that the attached recipes score with."""
         return {layer for claim in self.claims.values() for layer in claim.recipe.attention_layers(self.encoder)}
 
-    def hook(self, handle: Any) -> None:
-        """Keeps a torch hook handle until detach."""
-        self._undo.append(handle.remove)
-
-    def override(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Puts ``wrap(owner.name)`` in the owner's instance attributes until detach, under the same signature."""
-        original = getattr(owner, name)
-        before = owner.__dict__.get(name, _ABSENT)
-        owner.__dict__[name] = functools.wraps(original)(wrap(original))
-
-        def undo() -> None:
-            if before is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = before
-
-        self._undo.append(undo)
-
-    def _validate(self, claim: Claim) -> None:
-        recipe, family = claim.recipe, self.model_class.__name__
-        for stage in recipe.stages():
-            if stage not in self.serves:
-                raise NotImplementedError(
-                    f"{recipe.name}: stage {stage} is not served for {family}; served: {', '.join(self.serves)}"
-                )
-            if stage in self.claims:
-                raise ValueError(
-                    f"{recipe.name}: stage {stage} of this model is claimed by {self.claims[stage].recipe.name}; "
-                    "remove that handle first"
-                )
-        if recipe.needs_cls and not self.encoder.has_cls:
-            raise ValueError(f"{recipe.name}: needs a [CLS] token, which this model's vision encoder does not have")
-        for layer in recipe.attention_layers(self.encoder):
-            if not 0 <= layer < self.encoder.num_layers:
-                raise ValueError(
-                    f"{recipe.name}: expected an encoder layer in [0, {self.encoder.num_layers - 1}], got {layer}"
-                )
-        if claim.keep is not None:
-            recipe.check(self.encoder, claim.keep)
-
-    def _reinstall(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self.model.__dict__.pop(self.attribute, None)
-        if self.claims:
-            self.model.__dict__[self.attribute] = self
-            self.override(self.model, "forward", self._wrap_forward)
-            self.override(self.model, "generate", self._wrap_generate)
-            self.install()
+    def install(self) -> None:
+        self.override(self.model, "forward", self._wrap_forward)
+        self.override(self.model, "generate", self._wrap_generate)
+        self.install_family()
 
     # Running.
 
@@ -307,7 +231,7 @@ class Adapter(ABC):
         return [row[is_word].to(self.model.device) for row, is_word in zip(ids, words, strict=True)]
 
     def _shorten(self, call: dict[str, Any], encoding: Encoding, *, left: bool) -> dict[str, Any] | None:
-        """The call on the shortened prompt, or None when nothing was dropped. Notes what was done in ``self.last``."""
+        """The call on the shortened prompt, or None when nothing was dropped. Notes what was done for :attr:`last`."""
         dropped = encoding.dropped(call["input_ids"] == self.image_token_id)
         real = real_tokens(call)
         before = real.sum(1)
@@ -315,7 +239,7 @@ class Adapter(ABC):
         if encoding.positions.shape[1] < self.encoder.num_patches:
             short = Shortened.plan(real, dropped, left=left).arguments(call, self._pad_id())
         seen = call if short is None else short
-        self.last = LastRun(
+        self._last = LastRun(
             indices=encoding.positions,
             rows=encoding.rows,
             grid=self.encoder.grid,
