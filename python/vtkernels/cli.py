@@ -77,7 +77,8 @@ def evaluate(
     from vtkernels.zoo.embedded import evaluate as evaluation
 
     try:
-        names = [m.name for m in zoo.methods()] if methods == "all" else methods.split(",")
+        everyone = [method.name for method in zoo.methods() if video or not method.video]
+        names = everyone if methods == "all" else methods.split(",")
         evaluation.main(
             console,
             folder=model,
@@ -96,12 +97,12 @@ def evaluate(
 
 @app.command()
 def methods() -> None:
-    """Lists the pruning methods of the zoo."""
+    """Lists the methods of the zoo."""
     _need("transformers")
     from vtkernels import zoo
 
     table = Table()
-    for heading in ("name", "method", "stages", "needs [CLS]", "reads question", "options", "facts"):
+    for heading in ("name", "method", "stages", "needs [CLS]", "reads question", "video", "options", "facts"):
         table.add_column(heading, overflow="fold")
     for entry in zoo.methods():
         options = ", ".join(f"{name}={value!r}" for name, value in entry.options.items())
@@ -111,6 +112,7 @@ def methods() -> None:
             ", ".join(entry.stages),
             "yes" if entry.needs_cls else "",
             "yes" if entry.reads_question else "",
+            "yes" if entry.video else "",
             options,
             entry.status,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask
 from vtkernels.zoo.adapters.prompt import Shortened, real_tokens, rows_of_images
-from vtkernels.zoo.recipe import Context, Encoder, Stage
+from vtkernels.zoo.recipe import Context, Encoder, Kept, Merged, Stage
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class LastRun:
     """What the last call with images did.
 
     Attributes:
-        indices: int64 [images, kept], the kept patch numbers of each image in raster order, ascending.
+        indices: int64 [images, kept], the kept patch numbers of each image in raster order, ascending; None where
+            tokens were merged or the images keep different numbers.
+        owner: int64 [images, patches], the visual token that each patch is in, counted within its prompt; -1 for a
+            dropped patch.
+        counts: visual tokens in the place of each image.
         rows: the prompt of each image.
         grid: the encoder's grid (height, width) that the patch numbers refer to.
         tokens_before: tokens of each prompt, padding not counted.
@@ -37,7 +42,9 @@ class LastRun:
         attention_mask: [B, L'], its mask, or None when it saw the caller's prompt without one.
     """
 
-    indices: Tensor
+    indices: Tensor | None
+    owner: Tensor
+    counts: list[int]
     rows: list[int]
     grid: tuple[int, int]
     tokens_before: list[int]
@@ -55,7 +62,10 @@ class Encoding:
         self.embed = embed
         self.encoder = encoder
         self.projections: dict[int, dict[str, Tensor]] = {}
-        self.positions = torch.empty(0)  # int64 [images, n] once the features are known
+        # Known once the features are. Tokens are [images, n, C]; with different counts packed, [1, all, C].
+        self.counts: list[int] = []  # of each image
+        self.owner = torch.empty(0)  # int64 [images, patches]: the packed token that each patch is in, or -1
+        self.positions: Tensor | None = None  # int64 [images, n]: the patch of each token, while each is one patch
         self.output: Any = None  # what the family's feature method returned
 
     def capture(self, layer: int, role: str, projected: Tensor, heads: int) -> None:
@@ -70,13 +80,21 @@ class Encoding:
                 f"vtkernels.zoo: expected {self.encoder.num_patches} patches ({self.encoder.grid[0]} x "
                 f"{self.encoder.grid[1]}) from the vision encoder, got {n}"
             )
-        self.positions = torch.arange(n, device=features.device).expand(images, n)
+        patches = torch.arange(n, device=features.device).expand(images, n)
+        self.counts = [n] * images
+        self.owner = (patches if merged is None else merged) + n * patches.new_tensor(range(images)).unsqueeze(1)
+        self.positions = patches if merged is None else None
 
     def run(self, stage: Stage, claim: Claim | None, tokens: Tensor, features: Tensor) -> Tensor:
-        """The tokens that the stage keeps: [images, n, C] -> [images, kept, C]."""
-        n = tokens.shape[1]
-        if claim is None or claim.keep is None or claim.keep == n:
+        """The tokens that the stage leaves: [images, n, C] -> [images, kept, C], or packed [1, all, C]."""
+        n = self.counts[0]
+        if claim is None or claim.keep is None or (claim.keep == n and self.positions is not None):
             return tokens
+        if self.positions is None:
+            raise ValueError(
+                f"{claim.recipe.name}: expected one patch a token and the same number for every image, but the stages "
+                f"before {stage} merged"
+            )
         if claim.keep > n:
             raise ValueError(
                 f"{claim.recipe.name}: keep={claim.keep} is more than the {n} tokens that the stages before "
@@ -102,17 +120,43 @@ class Encoding:
             rows=self.rows,
             embed=self.embed,
         )
-        kept, indices = getattr(claim.recipe, stage)(context)
-        self.positions = self.positions.gather(1, indices)
-        return kept
+        return self._follow(getattr(claim.recipe, stage)(context))
+
+    def _follow(self, result: Kept | Merged) -> Tensor:
+        """Notes where the patches went; the tokens, all of one length or packed."""
+        images, n = len(self.counts), self.counts[0]
+        if isinstance(result, Merged):
+            self.positions, moved = None, result.owner
+            self.counts, tokens = list(result.counts), result.tokens.unsqueeze(0)
+        else:
+            tokens, indices = result
+            kept = tokens.shape[1]
+            assert self.positions is not None
+            self.positions = self.positions.gather(1, indices)
+            self.counts = [kept] * images
+            moved = torch.full((images, n), -1, device=indices.device)
+            moved.scatter_(1, indices, torch.arange(images * kept, device=indices.device).view(images, kept))
+        before = self.owner.clamp(min=0)
+        self.owner = moved.flatten()[before].where(self.owner >= 0, -1)
+        return tokens
+
+    def per_image(self, tokens: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
+        """One [n, C] an image, of tokens as :meth:`run` leaves them."""
+        return torch.cat(list(tokens)).split(self.counts)
+
+    def owner_within_prompts(self) -> Tensor:
+        """int64 [images, patches]: the token of its prompt that each patch is in, or -1."""
+        ends = list(itertools.accumulate(self.counts, initial=0))
+        first = {row: ends[image] for image, row in reversed(list(enumerate(self.rows)))}
+        offset = torch.tensor([first[row] for row in self.rows], device=self.owner.device)
+        return (self.owner - offset.unsqueeze(1)).where(self.owner >= 0, -1)
 
     def dropped(self, is_image: Tensor) -> Tensor:
-        """bool [B, L]: the placeholders whose token was dropped."""
-        images = self.positions.shape[0]
-        gone = torch.ones(images, self.encoder.num_patches, dtype=torch.bool, device=self.positions.device)
-        gone.scatter_(1, self.positions, False)
+        """bool [B, L]: the placeholders beyond the number of tokens in their image's place."""
+        place = torch.arange(self.encoder.num_patches, device=is_image.device)
+        gone = place >= torch.tensor(self.counts, device=is_image.device).unsqueeze(1)
         dropped = torch.zeros_like(is_image)
-        dropped[is_image] = gone.flatten().to(is_image.device)
+        dropped[is_image] = gone.flatten()
         return dropped
 
 
@@ -236,11 +280,13 @@ class Adapter(Attachment):
         real = real_tokens(call)
         before = real.sum(1)
         short = None
-        if encoding.positions.shape[1] < self.encoder.num_patches:
+        if sum(encoding.counts) < encoding.owner.numel():
             short = Shortened.plan(real, dropped, left=left).arguments(call, self._pad_id())
         seen = call if short is None else short
         self._last = LastRun(
             indices=encoding.positions,
+            owner=encoding.owner_within_prompts(),
+            counts=encoding.counts,
             rows=encoding.rows,
             grid=self.encoder.grid,
             tokens_before=before.tolist(),

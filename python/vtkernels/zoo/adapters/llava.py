@@ -78,7 +78,8 @@ class LlavaAdapter(Adapter):
                 raise ValueError(f"vtkernels.zoo: expected {name}={expected!r} as configured, got {call[name]!r}")
         output = self._get_image_features(pixel_values=call["pixel_values"], return_dict=True)
         # Only this is used from here on; the hidden states of every layer would live as long as generation.
-        return _image_output(output.pooler_output)
+        assert self.encoding is not None
+        return _image_output(self.encoding.per_image(output.pooler_output))
 
     def _wrap_get_image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
         self._get_image_features = original

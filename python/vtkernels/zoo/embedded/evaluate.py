@@ -170,28 +170,45 @@ def evaluate(
     """
     variants = _variants(model, methods, keeps)
     costs = _costs(model, processor, batches, variants, rounds, advance)
-    full = costs[0]
-    rows = []
-    for (name, keep, attach), cost in zip(variants, costs, strict=True):
-        with attach() as handle:
-            by_task = accuracy(model, processor, batches, advance)
-            flops = prefill_flops(model, batches[0].alone(0))
-        rows.append(
-            Row(
-                method=name,
-                keep=keep,
-                tokens=embedded.GRID**2 if handle is None else handle.last.indices.shape[1],
-                accuracy={task: round(value, 4) for task, value in by_task.items()},
-                mean=round(statistics.fmean(by_task.values()), 4),
-                prefill_ms=_median(cost, "prefill"),
-                decode_ms=_median([c for c in cost if len(c.ids) > 1], "decode"),
-                question_ms=_mean_total(cost),
-                speedup=round(_mean_total(full) / _mean_total(cost), 3),
-                kv_bytes=cost[0].kv_bytes,
-                prefill_flops=flops,
-            )
-        )
-    return rows
+    return [
+        _row(model, processor, batches, variant, cost, costs[0], advance)
+        for variant, cost in zip(variants, costs, strict=True)
+    ]
+
+
+def _row(
+    model: Any,
+    processor: Any,
+    batches: Sequence[Batch],
+    variant: tuple[str, float | None, Any],
+    cost: Sequence[Cost],
+    full: Sequence[Cost],
+    advance: Callable[[], Any],
+) -> Row:
+    name, keep, attach = variant
+    images = len(batches[0].inputs["pixel_values"]) // len(batches[0].questions)
+    tokens: list[float] = []  # visual tokens a prompt, of each batch
+    with attach() as handle:
+
+        def note() -> None:
+            tokens.append((embedded.GRID**2 if handle is None else statistics.fmean(handle.last.counts)) * images)
+            advance()
+
+        by_task = accuracy(model, processor, batches, note)
+        flops = prefill_flops(model, batches[0].alone(0))
+    return Row(
+        method=name,
+        keep=keep,
+        tokens=round(statistics.fmean(tokens)),
+        accuracy={task: round(value, 4) for task, value in by_task.items()},
+        mean=round(statistics.fmean(by_task.values()), 4),
+        prefill_ms=_median(cost, "prefill"),
+        decode_ms=_median([c for c in cost if len(c.ids) > 1], "decode"),
+        question_ms=_mean_total(cost),
+        speedup=round(_mean_total(full) / _mean_total(cost), 3),
+        kv_bytes=cost[0].kv_bytes,
+        prefill_flops=flops,
+    )
 
 
 def num_steps(batches: Sequence[Batch], methods: Sequence[str], keeps: Sequence[float], rounds: int) -> int:

@@ -17,7 +17,8 @@ BASELINES = ("random", "uniform")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``keep`` is None for the untouched model; times are medians, in milliseconds.
+    """One line of the table. ``keep`` is None for the untouched model; ``tokens`` are the visual tokens of a prompt,
+    their mean over prompts; times are medians, in milliseconds.
 
     ``question_ms`` is the time of one question of each task, answered one at a time with as many tokens as the right
     answer has; ``speedup`` is that of the untouched model, in the same run, over this.
