@@ -20,7 +20,9 @@ def _torchvision() -> Iterator[None]:
         yield
         return
     parts = ["", ".datasets", ".datasets.folder", ".models", ".models.feature_extraction", ".ops", ".ops.misc"]
-    names = ["torchvision" + part for part in [*parts, ".transforms", ".transforms.functional", ".transforms.v2", ".utils"]]
+    names = [
+        "torchvision" + part for part in [*parts, ".transforms", ".transforms.functional", ".transforms.v2", ".utils"]
+    ]
     sys.modules.update({name: mock.MagicMock(__name__=name, __path__=[], __spec__=None) for name in names})
     try:
         yield
@@ -40,7 +42,9 @@ def vit(seed: int = 0, *, grid: int = 6, depth: int = 4, distilled: bool = False
     """``grid x grid`` patches. Weights are drawn wide, so that scores are far apart."""
     make = VisionTransformerDistilled if distilled else VisionTransformer
     torch.manual_seed(seed)
-    model = make(img_size=PATCH * grid, patch_size=PATCH, embed_dim=32, depth=depth, num_heads=4, num_classes=5, **config)
+    model = make(
+        img_size=PATCH * grid, patch_size=PATCH, embed_dim=32, depth=depth, num_heads=4, num_classes=5, **config
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

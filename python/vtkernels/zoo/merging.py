@@ -1,11 +1,12 @@
-"""Merging inside the vision encoder: what a method sees of one layer, what it returns, and how a budget becomes a number
-of tokens a layer.
+"""Merging inside the vision encoder: what a method sees of one layer, what it returns, and how a budget becomes a
+number of tokens a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +81,8 @@ class LayerMerging(Recipe):
     each, with ``"method"`` in the method's own; inside the encoder the order is always the method's own.
     """
 
+    merges: ClassVar[bool] = True
+
     order: str = "position"
 
     def __post_init__(self) -> None:
@@ -116,7 +119,7 @@ class LayerMerging(Recipe):
             return keep
         left = encoder.num_patches - sum(own)
         if keep not in (None, left):
-            raise ValueError(f"{self.name}: the options leave {left} tokens an image, got keep={keep}; give one of them")
+            raise ValueError(f"{self.name}: the options leave {left} tokens an image, got keep={keep}; give either")
         return left
 
     def check(self, encoder: Encoder, keep: int) -> None:
@@ -124,8 +127,8 @@ class LayerMerging(Recipe):
         least = -(-encoder.num_patches // 2**layers)
         if keep < least:
             raise ValueError(
-                f"{self.name}: expected keep >= {least}, what {layers} layers leave of {encoder.num_patches} tokens when "
-                f"each merges half of them, got {keep}"
+                f"{self.name}: expected keep >= {least}, what {layers} layers leave of {encoder.num_patches} tokens "
+                f"when each merges half of them, got {keep}"
             )
 
 
@@ -151,7 +154,7 @@ def spread(tokens: int, keep: int, layers: int) -> list[int]:
 
 
 def geometric(tokens: int, keep: int, layers: int) -> list[int]:
-    """The same share in every layer: ``tokens * (keep / tokens)^((l + 1) / layers)`` are left after layer l, rounded."""
+    """The same share in every layer: ``tokens * (keep / tokens)^((l + 1) / layers)`` are left after layer l."""
     schedule, left = [], tokens
     for layer in range(layers):
         wanted = round(tokens * (keep / tokens) ** ((layer + 1) / layers))

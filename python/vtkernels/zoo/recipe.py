@@ -19,7 +19,14 @@ from vtkernels import attention_scores
 Stage = Literal["vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
 
 # In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first three.
-STAGES: tuple[Stage, ...] = ("vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding")
+STAGES: tuple[Stage, ...] = (
+    "vision_layers",
+    "vision_encoder",
+    "after_projector",
+    "between_layers",
+    "cache",
+    "decoding",
+)
 
 # What pruning returns: kept tokens [images, keep, C] and their indices int64 [images, keep] into ctx.tokens, ascending.
 Kept = tuple[Tensor, Tensor]
@@ -133,6 +140,7 @@ class Recipe:
     reference: ClassVar[str]
     status: ClassVar[str]  # where the facts come from: "verified" (the authors' code) or "inferred", and what
     training_free: ClassVar[bool] = True
+    merges: ClassVar[bool] = False  # returns Merged
     video: ClassVar[bool] = False  # made for the frames of a video, each an image of one prompt
 
     @classmethod

@@ -22,6 +22,7 @@ class Method:
     needs_cls: bool
     reads_question: bool
     training_free: bool
+    merges: bool
     video: bool
 
 
@@ -65,5 +66,6 @@ def _describe(recipe: type[Recipe]) -> Method:
         needs_cls=default.needs_cls,
         reads_question=default.reads_question,
         training_free=recipe.training_free,
+        merges=recipe.merges,
         video=recipe.video,
     )

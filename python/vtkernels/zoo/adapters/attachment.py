@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vtkernels.zoo.adapters.vit import LayerMerger, VitLayer
+from vtkernels.zoo.merging import LayerMerging
 from vtkernels.zoo.recipe import Encoder, Recipe, Stage
 
 _ABSENT = object()
@@ -83,12 +84,16 @@ class Attachment(ABC):
         self._undo.append(undo)
 
     def install_merger(
-        self, layers: list[VitLayer], prefix: int, active: Callable[[], bool] = lambda: True
+        self, layers: Sequence[VitLayer], prefix: int, active: Callable[[], bool] = lambda: True
     ) -> LayerMerger | None:
         """The claim of ``vision_layers``, if there is one that merges anything, in the encoder's layers."""
         claim = self.claims.get("vision_layers")
-        schedule = [] if claim is None or claim.keep is None else claim.recipe.schedule(self.encoder, claim.keep)
-        if claim is None or not any(schedule):
+        if claim is None or claim.keep is None:
+            return None
+        if not isinstance(claim.recipe, LayerMerging):
+            raise TypeError(f"{claim.recipe.name}: expected a LayerMerging for the stage vision_layers")
+        schedule = claim.recipe.schedule(self.encoder, claim.keep)
+        if not any(schedule):
             return None
         merger = LayerMerger(claim.recipe, schedule, self.encoder, prefix, active)
         for index, (layer, r) in enumerate(zip(layers, schedule, strict=False)):

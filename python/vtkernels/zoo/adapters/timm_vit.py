@@ -41,9 +41,9 @@ class TimmLayer(VitLayer):
         block = self.module
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-    @property
-    def checkpointed(self) -> bool:
-        return self.model.grad_checkpointing
+    def check(self, weighs_keys: bool) -> None:
+        if self.model.grad_checkpointing:
+            raise ValueError("vtkernels.zoo: expected no gradient checkpointing, which runs layers again out of order")
 
 
 class TimmVitAdapter(Attachment):

@@ -1,7 +1,7 @@
 """CLIPVisionModel and SiglipVisionModel, alone or inside a vision-language model.
 
-What it relies on, checked by tests/models/test_zoo_canary.py: ``encoder.layers[i]`` with ``layer_norm1``, ``self_attn`` (which
-takes an additive ``attention_mask`` and returns a tuple), ``layer_norm2`` and ``mlp``.
+What it relies on, checked by tests/models/test_zoo_canary.py: ``encoder.layers[i]`` with ``layer_norm1``, ``self_attn``
+(which takes an additive ``attention_mask`` and returns a tuple), ``layer_norm2`` and ``mlp``.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class TransformersLayer(VitLayer):
     def attend(self, x: Tensor, bias: Tensor | None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if attention_mask is not None:
             raise ValueError("vtkernels.zoo: expected no attention_mask in the vision encoder; its tokens merge")
-        implementation = self.module.self_attn.config._attn_implementation
-        if bias is not None and implementation not in _BIASED:
-            raise ValueError(
-                f"vtkernels.zoo: proportional attention needs attn_implementation {' or '.join(_BIASED)} in the vision "
-                f"encoder, got {implementation}"
-            )
         return x + self.module.self_attn(self.module.layer_norm1(x), attention_mask=bias, **kwargs)[0]
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.module.mlp(self.module.layer_norm2(x))
 
-    @property
-    def checkpointed(self) -> bool:
-        return self.module.gradient_checkpointing and self.module.training
+    def check(self, weighs_keys: bool) -> None:
+        if self.module.gradient_checkpointing and self.module.training:
+            raise ValueError("vtkernels.zoo: expected no gradient checkpointing, which runs layers again out of order")
+        implementation = self.module.self_attn.config._attn_implementation
+        if weighs_keys and implementation not in _BIASED:
+            raise ValueError(
+                f"vtkernels.zoo: proportional attention needs attn_implementation {' or '.join(_BIASED)} in the vision "
+                f"encoder, got {implementation}"
+            )
 
 
 class TransformersVitAdapter(Attachment):

@@ -1,7 +1,7 @@
 """Merging inside the layers of a vision transformer, whichever library it comes from.
 
-While a recipe merges, the layers up to the one whose output is used have ``forward`` as an instance attribute, which runs
-the layer's own modules in two halves, attention and MLP, and merges between them.
+While a recipe merges, the layers up to the one whose output is used have ``forward`` as an instance attribute, which
+runs the layer's own modules in two halves, attention and MLP, and merges between them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class VitLayer(ABC):
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half."""
 
-    @property
     @abstractmethod
-    def checkpointed(self) -> bool:
-        """Whether the backward pass would run the layer again."""
+    def check(self, weighs_keys: bool) -> None:
+        """Raises ValueError where the layer cannot be run so: checkpointed, or without a place for the bias."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class TowerRun:
     """What the last run of a vision transformer did.
 
     Attributes:
-        owner: int64 [images, tokens], the output token that each input token is in; [CLS] and its like, which come first,
-            are in themselves.
+        owner: int64 [images, tokens], the output token that each input token is in; [CLS] and its like, which come
+            first, are in themselves.
         size: float32 [images, output tokens], how many tokens each one stands for; None for a method that does not
             track sizes.
         prefix: tokens at the front that do not merge.
@@ -126,10 +125,7 @@ class LayerMerger:
                 f"{self.recipe.name}: expected {self.encoder.num_patches} patches ({self.encoder.grid[0]} x "
                 f"{self.encoder.grid[1]}) behind {self.prefix} other tokens, got {n} tokens in all"
             )
-        if layer.checkpointed:
-            raise ValueError(
-                f"{self.recipe.name}: expected no gradient checkpointing, which would run layers again out of order"
-            )
+        layer.check(self.recipe.weighs_keys)
         self._size = None
         self._owner = torch.arange(n, device=x.device).expand(images, -1)
 

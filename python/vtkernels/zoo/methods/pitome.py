@@ -23,10 +23,10 @@ class PiToMe(LayerMerging):
     """Merges r tokens a layer among the 2r of highest energy, between attention and MLP.
 
     Energy: ``E_i = mean_j f(cos(m_i, m_j) - margin_l)`` over all tokens j, i included, ``f(x) = x`` above 0 and
-    ``alpha * (exp(x) - 1)`` below, with ``margin_l = margin * (1 - l / L)`` in layer l of L. A token that resembles many
-    others has a high energy. Of the 2r highest, in descending order, the first, third, ... are sources and the others
-    destinations; every source merges into its most similar destination, by the mean weighted by size. The metric m is the
-    mean of the layer's keys over heads. [CLS] and other tokens at the front take no part.
+    ``alpha * (exp(x) - 1)`` below, with ``margin_l = margin * (1 - l / L)`` in layer l of L. A token that resembles
+    many others has a high energy. Of the 2r highest, in descending order, the first, third, ... are sources and the
+    others destinations; every source merges into its most similar destination, by the mean weighted by size. The metric
+    m is the mean of the layer's keys over heads. [CLS] and other tokens at the front take no part.
 
     ``keep`` merges the same share of the tokens in every layer up to the one whose output is used.
 
@@ -38,9 +38,9 @@ class PiToMe(LayerMerging):
             blocks do not pass the sizes on; the paper describes it on.
         energy_bsm: in the first half of the layers (rounded up) split all tokens by energy and merge the r best edges,
             as the released patch for DeiT does.
-        released_llava: what the released code runs on LLaVA's CLIP-L, all at once: tokens merge after the MLP, the metric
-            is the layer's output, the mean is plain, and the first 13 of 24 layers merge as ToMe does (in other towers,
-            the layers of that relative depth).
+        released_llava: what the released code runs on LLaVA's CLIP-L, all at once: tokens merge after the MLP, the
+            metric is the layer's output, the mean is plain, and the first 13 of 24 layers merge as ToMe does (in other
+            towers, the layers of that relative depth).
         order: of the output tokens, by their first patch, or the ``"method"``'s own: protected tokens, then
             destinations, both by descending energy.
 

@@ -19,16 +19,17 @@ class ToMe(LayerMerging):
 
     The metric is the mean of the layer's keys over heads. Tokens of even position are sources, those of odd position
     destinations; each source has an edge to its most similar destination (cosine), the r best edges merge, and a merged
-    token is the mean weighted by size. [CLS], distillation and register tokens are protected. A layer merges at most half
-    of its other tokens. Attention over merged tokens is proportional: ``log(size)`` is added to the logits of each key.
+    token is the mean weighted by size. [CLS], distillation and register tokens are protected. A layer merges at most
+    half of its other tokens. Attention over merged tokens is proportional: ``log(size)`` is added to the logits of each
+    key.
 
     ``keep`` spreads the merging evenly over the layers up to the one whose output is used.
 
     Args:
         r: the paper's own parameter instead of ``keep``: tokens merged in every layer; a tuple ``(r, inflect)``, which
-            runs from ``int(r * (1 - inflect))`` in the first layer linearly to the mirrored number in the last one, each
-            truncated; or a list, one number a layer, zeros after its end. Layers are those of the encoder; the ones
-            after the layer whose output is used count and merge nothing. ``(8, -1)`` decreases from 16 to 0.
+            runs from ``int(r * (1 - inflect))`` in the first layer linearly to the mirrored number in the last one,
+            each truncated: ``(8, -1)`` decreases from 16 to 0; or a list, one number a layer, zeros after its end.
+            Layers are those of the encoder; the ones after the layer whose output is used count and merge nothing.
         proportional_attention: as above; the released code turns it off for MAE models as they are published.
         order: of the output tokens, by their first patch, or the ``"method"``'s own: unmerged tokens of even position,
             then all of odd position, which splits the next layer's tokens in any case.
@@ -47,9 +48,8 @@ class ToMe(LayerMerging):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, tuple):
-            if len(self.r) != 2 or not -1 <= self.r[1] <= 1:
-                raise ValueError(f"{self.name}: expected r as (r, inflect) with inflect in [-1, 1], got {self.r}")
+        if isinstance(self.r, tuple) and (len(self.r) != 2 or not -1 <= self.r[1] <= 1):
+            raise ValueError(f"{self.name}: expected r as (r, inflect) with inflect in [-1, 1], got {self.r}")
         counts = self.r if isinstance(self.r, list) else [] if self.r is None else [first(self.r)]
         if any(isinstance(r, bool) or not isinstance(r, int) or r < 0 for r in counts):
             raise ValueError(f"{self.name}: expected r >= 0, whole numbers of tokens, got {self.r}")
