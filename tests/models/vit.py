@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
+import pytest
 import torch
 
 
@@ -31,6 +32,8 @@ def _torchvision() -> Iterator[None]:
             del sys.modules[name]
 
 
+if importlib.util.find_spec("timm") is None:
+    pytest.skip("timm is not installed", allow_module_level=True)
 with _torchvision():
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer

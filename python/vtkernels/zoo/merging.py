@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtkernels.zoo.recipe import Encoder, Recipe
+from vtkernels.zoo.recipe import BudgetError, Encoder, Recipe
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class LayerMerging(Recipe):
         layers = encoder.feature_layer + 1
         least = -(-encoder.num_patches // 2**layers)
         if keep < least:
-            raise ValueError(
+            raise BudgetError(
                 f"{self.name}: expected keep >= {least}, what {layers} layers leave of {encoder.num_patches} tokens "
                 f"when each merges half of them, got {keep}"
             )

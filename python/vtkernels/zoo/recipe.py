@@ -56,6 +56,10 @@ class Merged:
         return cls(tokens.flatten(0, 1), [rows] * images, owner.where(owner < 0, owner + first))
 
 
+class BudgetError(ValueError):
+    """A budget that a method cannot meet on this encoder."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """The vision encoder's facts that a recipe may depend on.
@@ -169,7 +173,7 @@ class Recipe:
         return keep
 
     def check(self, encoder: Encoder, keep: int) -> None:
-        """Raises ValueError when this encoder or budget cannot be served."""
+        """Raises ValueError when this encoder or budget cannot be served, BudgetError where another budget could."""
         return None
 
     def one_of(self, option: str, choices: Sequence[str]) -> None:

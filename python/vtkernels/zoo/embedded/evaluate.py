@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vtkernels.zoo.embedded import questions, report, scenes, videos
 from vtkernels.zoo.embedded.questions import Question
 from vtkernels.zoo.embedded.report import BASELINES, Row
 from vtkernels.zoo.measure import Cost, measure, prefill_flops
+from vtkernels.zoo.recipe import BudgetError
 
 TASKS = tuple(questions.TASKS)
 LONGEST = 64  # tokens of an answer
@@ -76,6 +78,10 @@ def main(
         console.print("tokens that a verification of four draft tokens yields:", lengths, highlight=False)
     report.write_json(out / "eval.json", rows, facts)
     report.plot(out / "eval.png", rows)
+    evaluated = {(row.method, row.keep) for row in rows}
+    for name, keep in itertools.product(methods, keeps):
+        if (name, keep) not in evaluated:
+            console.print(f"{name} cannot keep as little as {keep:g} of the tokens of this encoder")
     console.print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}")
 
 
@@ -166,7 +172,8 @@ def evaluate(
 ) -> list[Row]:
     """The untouched model's row, then one of every method (the baselines always among them) at every budget.
 
-    ``advance`` is called :func:`num_steps` times.
+    Budgets that a method cannot meet on this encoder have no row. ``advance`` is called :func:`num_steps` times, less
+    often without those.
     """
     variants = _variants(model, methods, keeps)
     costs = _costs(model, processor, batches, variants, rounds, advance)
@@ -224,7 +231,9 @@ def _variants(model: Any, methods: Sequence[str], keeps: Sequence[float]) -> lis
     variants: list[tuple[str, float | None, Any]] = [("all tokens", None, contextlib.nullcontext)]
     for name in _with_baselines(methods):
         for keep in keeps:
-            variants.append((name, keep, lambda name=name, keep=keep: zoo.apply(model, name, keep)))
+            with contextlib.suppress(BudgetError):
+                zoo.apply(model, name, keep).remove()
+                variants.append((name, keep, lambda name=name, keep=keep: zoo.apply(model, name, keep)))
     return variants
 
 
