@@ -141,7 +141,10 @@ def test_a_recipe_can_be_given_itself(model):
 
 def test_registry():
     listed = {method.name: method for method in zoo.methods()}
-    assert list(listed) == ["fastervlm", "vtc_cls", "fopru", "hiprune", "todre", "mmtok", "random", "uniform"]
+    assert list(listed) == [
+        *["fastervlm", "vtc_cls", "fopru", "hiprune", "todre", "mmtok"],
+        *["tome", "pitome", "tinychart", "auroracap", "simvlg", "random", "uniform"],
+    ]
     for method in listed.values():
         assert method.title and method.reference and method.status and method.stages
         assert set(method.stages) <= set(zoo.STAGES)

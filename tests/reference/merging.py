@@ -20,8 +20,9 @@ class Token:
     members: frozenset[int]
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float(a @ b / (a.norm() * b.norm()))
+def cosines(metric: Tensor) -> list[list[float]]:
+    unit = (metric / metric.norm(dim=-1, keepdim=True)).detach()
+    return (unit @ unit.T).tolist()
 
 
 def together(tokens: list[Token], weighted: bool) -> Token:
@@ -31,15 +32,15 @@ def together(tokens: list[Token], weighted: bool) -> Token:
     return Token(x, total if weighted else 1.0, frozenset().union(*(token.members for token in tokens)))
 
 
-def nearest(source: Tensor, metric: Tensor, destinations: list[int]) -> tuple[float, int]:
-    return max(((cosine(source, metric[d]), d) for d in destinations), key=lambda edge: (edge[0], -edge[1]))
+def nearest(similar: list[float], destinations: list[int]) -> tuple[float, int]:
+    return max(((similar[d], d) for d in destinations), key=lambda edge: (edge[0], -edge[1]))
 
 
 def tome(tokens: list[Token], metric: Tensor, r: int, prefix: int, weighted: bool = True) -> list[Token]:
     """Even positions into odd ones, the r best edges; unmerged even tokens, then the odd ones, the prefix first."""
-    free = range(prefix, len(tokens))
+    free, similar = range(prefix, len(tokens)), cosines(metric)
     odd = [i for i in free if i % 2 == 1]
-    edges = {i: nearest(metric[i], metric, odd) for i in free if i % 2 == 0}
+    edges = {i: nearest(similar[i], odd) for i in free if i % 2 == 0}
     best = sorted(edges, key=lambda i: (-edges[i][0], i))
     groups = {d: [d, *(i for i in best[:r] if edges[i][1] == d)] for d in odd}
     unmerged = sorted(best[r:]) if prefix else best[r:]
@@ -49,9 +50,9 @@ def tome(tokens: list[Token], metric: Tensor, r: int, prefix: int, weighted: boo
 
 def energies(metric: Tensor, margin: float, alpha: float = 1.0) -> list[float]:
     result = []
-    for m in metric:
-        gaps = [cosine(m, other) - margin for other in metric]
-        result.append(sum(g if g > 0 else alpha * (math.exp(g) - 1) for g in gaps) / len(metric))
+    for similar in cosines(metric):
+        gaps = [s - margin for s in similar]
+        result.append(sum(g if g > 0 else alpha * (math.exp(g) - 1) for g in gaps) / len(gaps))
     return result
 
 
@@ -63,7 +64,8 @@ def pitome(
     ranked = [prefix + i for i in sorted(range(len(energy)), key=lambda i: (-energy[i], i))]
     split = ranked if bsm else ranked[: 2 * r]
     sources, destinations = split[::2], split[1::2]
-    edges = {i: nearest(metric[i], metric, destinations) for i in sources}
+    similar = cosines(metric)
+    edges = {i: nearest(similar[i], destinations) for i in sources}
     best = sorted(sources, key=lambda i: (-edges[i][0], i))
     left = best[r:] if bsm else ranked[2 * r :]
     groups = {d: [d, *(i for i in best[:r] if edges[i][1] == d)] for d in destinations}

@@ -7,7 +7,6 @@ from typing import Any
 
 from vtkernels.zoo.adapters import adapter_of
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
-from vtkernels.zoo.adapters.base import LastRun
 from vtkernels.zoo.recipe import Recipe
 from vtkernels.zoo.registry import make_recipe
 
@@ -31,7 +30,10 @@ class Handle:
 
     @property
     def last(self) -> Any:
-        """What the last call with images did: a LastRun, of a vision transformer alone a TowerRun; None before. It stays readable after :meth:`remove`."""
+        """What the last call with images did: a LastRun, or a TowerRun of a vision transformer alone; None before.
+
+        It stays readable after :meth:`remove`.
+        """
         return self._adapter.last
 
     def remove(self) -> None:
@@ -60,16 +62,16 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
     ``generate`` returns the prompt as given, followed by the new tokens. Prompts without images pass through, and so
     do calls in which nothing is dropped.
 
-    A vision transformer alone (CLIPVisionModel, SiglipVisionModel, timm's VisionTransformer) takes the methods that merge
-    inside its layers; it then returns what it computes from fewer tokens, and ``handle.last`` is a TowerRun.
+    A vision transformer alone (CLIPVisionModel, SiglipVisionModel, timm's VisionTransformer) takes the methods that
+    merge inside its layers; it then returns what it computes from fewer tokens, and ``handle.last`` is a TowerRun.
 
     Args:
         model: a model of a supported class (LlavaForConditionalGeneration or one of those above). Detach before copying
             or pickling it.
         method: a name of :func:`vtkernels.zoo.methods`, or a recipe.
         keep: tokens to keep of each image: an int, a ratio in (0.0, 1.0] rounded to the nearest token (Python's round,
-            ties to even, at least one; the same rule for every method, so that budgets compare), or "all" or None. Where
-            a method has an option that says it (``r``, ``ratio``), give that or ``keep``.
+            ties to even, at least one; the same rule for every method, so that budgets compare), or "all" or None. A
+            method's own option for it (``r``, ``ratio``) stands instead.
         options: the method's options.
 
     Returns:

@@ -31,8 +31,8 @@ def methods() -> tuple[Method, ...]:
 
     Example:
         >>> from vtkernels import zoo
-        >>> [method.name for method in zoo.methods()]
-        ['fastervlm', 'vtc_cls', 'fopru', 'hiprune', 'todre', 'mmtok', 'random', 'uniform']
+        >>> [method.name for method in zoo.methods() if "vision_layers" in method.stages]
+        ['tome', 'pitome', 'tinychart', 'auroracap', 'simvlg']
     """
     return tuple(_describe(recipe) for recipe in RECIPES)
 

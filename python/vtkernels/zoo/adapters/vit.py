@@ -156,27 +156,20 @@ class LayerMerger:
             r=self.schedule[index],
         )
         self._keys = None
-        return self._follow(self.recipe.vision_layers(context))
-
-    def _follow(self, merge: LayerMerge) -> Tensor:
+        merge = self.recipe.vision_layers(context)
         self._size = merge.size
         self._owner = merge.owner.gather(1, self._owner)
         return merge.tokens
 
     def _finish(self, x: Tensor) -> Tensor:
+        end = LayerMerge(x, self._owner, self._size)
         if self.recipe.order == "position":
-            x = self._follow(LayerMerge(x, _identity(x), self._size).permuted(self._by_first_token(x.shape[1])))
-        self.run = TowerRun(self._owner, self._size, self.prefix)
-        self._size = None
-        self._owner = torch.empty(0)
-        return x
+            end = end.permuted(self._by_first_token(x.shape[1]))
+        self.run = TowerRun(end.owner, end.size, self.prefix)
+        return end.tokens
 
     def _by_first_token(self, rows: int) -> Tensor:
         """int64 [images, rows]: the rows in the order of the first token in each."""
         images, n = self._owner.shape
         place = torch.arange(n, device=self._owner.device).expand(images, -1)
         return place.new_full((images, rows), n).scatter_reduce(1, self._owner, place, "amin").argsort(1)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
