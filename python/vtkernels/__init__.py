@@ -6,8 +6,9 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
+from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, unmerge
-from vtkernels.ops.score import attention_scores
+from vtkernels.ops.score import attention_scores, energy_scores
 from vtkernels.ops.select import (
     prune_gather,
     prune_gather_attention,
@@ -22,6 +23,9 @@ __all__ = [
     "attention_scores",
     "bipartite_match",
     "bipartite_merge",
+    "cluster_dpc_knn",
+    "cluster_kmedoids",
+    "energy_scores",
     "merge_apply",
     "prune_gather",
     "prune_gather_attention",
@@ -29,5 +33,6 @@ __all__ = [
     "prune_gather_varlen",
     "select_cover",
     "select_diverse",
+    "temporal_segments",
     "unmerge",
 ]

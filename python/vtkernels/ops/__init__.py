@@ -3,10 +3,11 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import merge, score, select
+from vtkernels.ops import cluster, merge, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
+    "energy_scores": score.energy_scores,
     "prune_gather": select.prune_gather,
     "prune_gather.attention": select.prune_gather_attention,
     "prune_gather.varlen": select.prune_gather_varlen,
@@ -17,4 +18,7 @@ PUBLIC = {
     "merge_apply": merge.merge_apply,
     "unmerge": merge.unmerge,
     "bipartite_merge": merge.bipartite_merge,
+    "temporal_segments": cluster.temporal_segments,
+    "cluster_dpc_knn": cluster.cluster_dpc_knn,
+    "cluster_kmedoids": cluster.cluster_kmedoids,
 }
