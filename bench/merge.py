@@ -9,9 +9,21 @@ from torch import Tensor
 
 from bench.harness import Case, compiled
 
-OPS = ["bipartite_match", "merge_apply", "unmerge", "bipartite_merge"]
+OPS = ["bipartite_match", "nearest_match", "merge_apply", "unmerge", "bipartite_merge"]
 # (batch, tokens, width), metric width, merged a layer: ToMe on CLIP-L/336 and TinyChart's SigLIP at 768 pixels.
 SHAPES = [((1, 577, 1024), 64, 144), ((8, 2916, 1152), 72, 84)]
+
+# (batch, tokens, width), centers, dtype: contextual tokens of CLIP-L/336, and a tenth of LLaVA-NeXT's hidden states.
+NEAREST = [((8, 576, 1024), 64, torch.float32), ((1, 2880, 4096), 288, torch.bfloat16)]
+
+
+def eager_nearest(metric: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's most similar center; stores all similarities."""
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    chosen = unit.gather(1, centers[..., None].expand(-1, -1, unit.shape[2]))
+    similarity, owner = (unit @ chosen.transpose(-1, -2)).max(dim=-1)
+    rows = torch.arange(centers.shape[1], device=centers.device).expand_as(centers)
+    return owner.scatter(1, centers, rows), similarity
 
 
 def eager_match(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +144,31 @@ def match_case(shape: tuple, channels: int, r: int, dtype: torch.dtype, device: 
     )
 
 
+def nearest_case(shape: tuple, kept: int, dtype: torch.dtype, device: torch.device) -> Case:
+    random = torch.Generator(device).manual_seed(0)
+    metric = torch.randn(shape, generator=random, device=device).to(dtype)
+    centers = torch.rand(shape[:2], generator=random, device=device).argsort(-1)[:, :kept]
+
+    def check(ours: object, peer: object) -> None:
+        """In 16 bits torch rounds the similarities, so that it finds other centers, which must be about as similar."""
+        same = (ours[0] == peer[0]).float().mean().item()
+        others = torch.ones_like(ours[0], dtype=torch.bool).scatter(1, centers, False)
+        apart = (ours[1] - peer[1].float())[others].abs().max().item()
+        if (dtype == torch.float32 and same < 0.999) or apart > 0.01:
+            raise AssertionError(f"{same:.1%} of the tokens agree, similarities differ by up to {apart:.1e}")
+
+    return Case(
+        "nearest_match",
+        name_of(metric, k=kept),
+        lambda: torch.ops.vtk.nearest_match.default(metric, centers),
+        {"eager": lambda: lambda: eager_nearest(metric, centers), "inductor": compiled(eager_nearest, metric, centers)},
+        check,
+        bytes=metric.nbytes + 12 * shape[0] * shape[1],
+        flops=2 * shape[0] * shape[1] * kept * shape[2],
+        target={"eager": 2.0},
+    )
+
+
 def apply_case(shape: tuple, channels: int, r: int, dtype: torch.dtype, device: torch.device) -> Case:
     tokens, metric, size = inputs(shape, channels, dtype, device)
     owner, rows = torch.ops.vtk.bipartite_match.default(metric, r)[0], shape[1] - r
@@ -174,3 +211,5 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield merge_case(shape, channels, r, dtype, device)
         for make in (match_case, apply_case, unmerge_case):
             yield make(shape, channels, r, torch.float32, device)
+    for shape, kept, dtype in NEAREST:
+        yield nearest_case(shape, kept, dtype, device)

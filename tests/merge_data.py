@@ -10,10 +10,15 @@ from torch import Tensor
 ANGLES = [0.0, 10.0, 90.0, 82.0, 50.0, 200.0]
 
 
+def on_the_circle(angles: list[float]) -> Tensor:
+    """Unit vectors [1, N, 2] at these angles in degrees."""
+    radians = torch.deg2rad(torch.tensor(angles))
+    return torch.stack([radians.cos(), radians.sin()], dim=-1)[None]
+
+
 def golden_metric() -> Tensor:
     """Six unit vectors [1, 6, 2]: the best edges are 2 -> 3 (0.9903), 0 -> 1 (0.9848) and 4 -> 3 (0.8480)."""
-    angles = torch.deg2rad(torch.tensor(ANGLES))
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+    return on_the_circle(ANGLES)
 
 
 def exact_metric(random: torch.Generator, batch: int, count: int, width: int) -> Tensor:
@@ -26,6 +31,15 @@ def exact_metric(random: torch.Generator, batch: int, count: int, width: int) ->
 
 def drop_some(random: torch.Generator, batch: int, count: int, share: float = 0.2) -> Tensor:
     return torch.rand(batch, count, generator=random) < share
+
+
+def counts(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def bounds(lengths: list[int]) -> Tensor:
+    """cu_seqlens of segments of these lengths."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def plain_merge(

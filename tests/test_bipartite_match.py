@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.merge_data import drop_some, exact_metric, golden_metric
+from tests.merge_data import bounds, counts, drop_some, exact_metric, golden_metric, on_the_circle
 from tests.reference import bipartite_match as reference
 from vtkernels.testing.compare import assert_close, assert_same_bits
 
@@ -71,6 +71,12 @@ def test_exact_ties(backend, random, count, dtype):
     check_exact(backend, metric, count // 3, protect=drop_some(random, 2, count))
 
 
+def draw_split(data, rank):
+    threshold = data.draw(st.sampled_from([None, -2.0, 0.0, 0.25, 2.0]))
+    split = data.draw(st.sampled_from(["even_odd", "causal"]))
+    return {"threshold": threshold, "split": split, "rank": rank if split == "even_odd" else None}
+
+
 @QUICK
 @given(data=st.data())
 def test_any_shape(backend, data):
@@ -80,9 +86,8 @@ def test_any_shape(backend, data):
     protect = drop_some(random, batch, count) if data.draw(st.booleans()) else None
     rank = torch.rand(batch, count, generator=random).argsort(-1) if data.draw(st.booleans()) else None
     if data.draw(st.booleans()):
-        threshold = data.draw(st.sampled_from([None, -2.0, 0.0, 0.25, 2.0]))
-        metric = exact_metric(random, batch, count, width)
-        check_exact(backend, metric, r, protect=protect, rank=rank, threshold=threshold)
+        metric, options = exact_metric(random, batch, count, width), draw_split(data, rank)
+        check_exact(backend, metric, r, protect=protect, **options)
     else:
         dtype = data.draw(st.sampled_from(FLOATS))
         check_near(backend, torch.randn(batch, count, width, generator=random).to(dtype), r, protect, rank)
@@ -187,7 +192,154 @@ def test_no_gradient(random):
     assert not torch.ops.vtk.bipartite_match(metric, 2)[1].requires_grad
 
 
+# The causal split.
+
+
+CHAIN = [0.0, 30.0, 50.0, 200.0, 190.0]  # 2 is nearest to 1, 1 to 0; 4 to 3
+
+
+def test_causal_golden(backend):
+    """Into the most similar earlier token; what would merge into a merged token is dropped."""
+    metric = on_the_circle(CHAIN)
+    for options, expected in [
+        ({"r": 5, "threshold": 0.5}, [0, 0, -1, 1, 1]),
+        ({"r": 5, "threshold": 0.9}, [0, 1, 1, 2, 2]),
+        ({"r": 1}, [0, 1, 2, 3, 3]),
+        ({"r": 0}, [0, 1, 2, 3, 4]),
+        ({"r": 5}, [0, 0, -1, -1, -1]),
+    ]:
+        owner, similarity = match(backend, metric, split="causal", **options)
+        assert owner.tolist() == [expected]
+        edges = [math.cos(math.radians(a)) for a in (30, 20, 150, 10)]
+        assert similarity[0].tolist() == [-math.inf, *(pytest.approx(edge, abs=1e-6) for edge in edges)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 130])
+def test_causal_ties(backend, random, count):
+    """Everywhere the lowest of the earlier tokens, over tiles on and below the diagonal."""
+    metric = exact_metric(random, 1, count, 18)
+    protect = drop_some(random, 1, count)
+    for options in ({}, {"threshold": 0.25}, {"protect": protect, "threshold": 0.0}):
+        check_exact(backend, metric, count, split="causal", **options)
+    check_exact(backend, torch.ones(1, count, 4), count, split="causal")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_causal_similarities(backend, random, dtype):
+    metric = torch.randn(2, 200, 70, generator=random).to(dtype)
+    _, similarity = match(backend, metric, 50, split="causal")
+    _, edges = reference.bipartite_match(metric, 50, split="causal")
+    assert_close(similarity, edges, edges, DOT_ERROR)
+
+
+def test_causal_special_values(backend, random):
+    metric = exact_metric(random, 1, 30, 16)
+    metric[0, 0] = math.nan
+    metric[0, 1, 2] = math.inf
+    metric[0, 5] = 0.0
+    metric[0, 9, 3] = math.nan
+    for r in (0, 3, 30):
+        check_exact(backend, metric, r, split="causal")
+    check_exact(backend, torch.full((1, 70, 3), math.nan), 70, split="causal")
+    check_exact(backend, torch.full((1, 70, 3), math.nan), 70, split="causal", threshold=-2.0)
+
+
+# Packed segments.
+
+
+def match_varlen(backend, metric, cu_seqlens, r, **options):
+    moved = {n: backend.put(v) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    outputs = backend.ops.bipartite_match.varlen(*backend.put(metric, cu_seqlens, r), **moved)
+    assert [t.dtype for t in outputs] == [torch.int64, torch.float32, torch.int32]
+    return [t.cpu() for t in outputs]
+
+
+def check_varlen(backend, metric, cu_seqlens, r, **options):
+    """For metrics whose similarities are exact in float32."""
+    owner, similarity, cu_merged = match_varlen(backend, metric, cu_seqlens, r, **options)
+    expected, edges, expected_cu = reference.bipartite_match_varlen(metric, cu_seqlens, r, **options)
+    assert owner.tolist() == expected.tolist() and cu_merged.tolist() == expected_cu.tolist()
+    torch.testing.assert_close(similarity.double(), edges, rtol=0, atol=0, equal_nan=True)
+
+
+def test_varlen_golden(backend):
+    metric = torch.cat([golden_metric()[0], on_the_circle(CHAIN)[0], golden_metric()[0]])
+    owner, _, cu_merged = match_varlen(backend, metric, bounds([6, 5, 6]), counts(2, 0, 100))
+    assert owner.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10, 10, 10, 11]
+    assert cu_merged.tolist() == [0, 4, 9, 12]
+    owner, _, cu_merged = match_varlen(
+        backend, metric, bounds([6, 5, 6]), counts(0, 5, 0), split="causal", threshold=0.5
+    )
+    assert owner.tolist() == [0, 1, 2, 3, 4, 5, 6, 6, -1, 7, 7, 8, 9, 10, 11, 12, 13]
+    assert cu_merged.tolist() == [0, 6, 8, 14]
+
+
+@QUICK
+@given(data=st.data())
+def test_varlen_any_shape(backend, data):
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 33]), max_size=6))
+    r = counts(*(data.draw(st.integers(0, length + 1)) for length in lengths))
+    total, width = sum(lengths), data.draw(st.integers(1, 20))
+    metric = exact_metric(random, 1, total, width)[0].to(data.draw(st.sampled_from(FLOATS)))
+    protect = drop_some(random, 1, total)[0] if data.draw(st.booleans()) else None
+    rank = torch.rand(total, generator=random).argsort() if data.draw(st.booleans()) else None
+    check_varlen(backend, metric, bounds(lengths), r, protect=protect, **draw_split(data, rank))
+
+
+@pytest.mark.parametrize("split", ["even_odd", "causal"])
+@pytest.mark.parametrize("lengths", [[150, 0, 1, 131], [3] * 40, [0], [], [0, 0, 0]])
+def test_varlen_lengths(backend, random, lengths, split):
+    """A segment of several tiles, more segments than blocks, and nothing at all."""
+    metric = exact_metric(random, 1, sum(lengths), 16)[0]
+    r = counts(*(length // 3 for length in lengths))
+    check_varlen(backend, metric, bounds(lengths), r, split=split)
+    check_varlen(backend, metric, bounds(lengths), r * 3, split=split, threshold=0.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_varlen_is_the_dense_op_segment_by_segment(backend, random, dtype):
+    """Bit by bit, on a strided metric; equal segments are a batch."""
+    metric = torch.randn(3 * 40, 50, generator=random).to(dtype)[:, 3:36]
+    owner, similarity, cu_merged = match_varlen(backend, metric, bounds([40] * 3), counts(15, 15, 15))
+    batch_owner, batch_similarity = match(backend, metric.reshape(3, 40, 33), 15)
+    rows = torch.arange(3)[:, None] * 25
+    assert_same_bits(owner.reshape(3, 40), batch_owner + rows)
+    assert_same_bits(similarity.reshape(3, 40), batch_similarity)
+    assert cu_merged.tolist() == [0, 25, 50, 75]
+
+
+def test_varlen_same_bits_for_any_thread_count(random):
+    metric, results = torch.randn(900, 40, generator=random), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.ops.vtk.bipartite_match.varlen(metric, bounds([500, 100, 300]), counts(200, 9, 99)))
+    for one, another in zip(*results, strict=True):
+        assert_same_bits(one, another)
+
+
+def test_varlen_segments_that_are_none(backend, random):
+    """The CPU reports them; CUDA drops every token, and an r below 0 counts as 0."""
+    metric = torch.randn(6, 4, generator=random)
+    bad = [counts(0, 4, 3, 6), counts(1, 3, 4, 6), counts(0, 3, 4, 5), counts(0, 9, -3, 6)]
+    if backend.checks_values:
+        for cu in bad:
+            with pytest.raises(
+                RuntimeError, match=r"expected (ascending cu_seqlens|cu_seqlens to run from 0 to T = 6)"
+            ):
+                match_varlen(backend, metric, cu, counts(1, 1, 1))
+        with pytest.raises(RuntimeError, match=r"expected r >= 0, got r\[1\] = -1"):
+            match_varlen(backend, metric, counts(0, 2, 4, 6), counts(1, -1, 1))
+    else:
+        for cu in bad:
+            owner, similarity, cu_merged = match_varlen(backend, metric, cu, counts(1, 1, 1))
+            assert owner.tolist() == [-1] * 6 and (similarity == -math.inf).all() and not cu_merged.any()
+        owner, _, cu_merged = match_varlen(backend, metric, counts(0, 2, 4, 6), counts(1, -1, 1))
+        assert owner.tolist() == [0, 0, 1, 2, 3, 3] and cu_merged.tolist() == [0, 1, 3, 4]
+
+
 X = torch.zeros(2, 6, 3)
+Y, CU, R = X[0], counts(0, 2, 6), counts(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +356,15 @@ X = torch.zeros(2, 6, 3)
         (lambda op: op(X, 2, protect=torch.zeros(2, 6)), r"protect of dtype bool"),
         (lambda op: op(X, 2, rank=torch.zeros(2, 6)), r"rank of dtype int64, got float32"),
         (lambda op: op(X, 2, rank=torch.zeros(6, dtype=torch.int64)), r"rank.shape = \[B, N\] = \[2, 6\], got \[6\]"),
+        (lambda op: op(X, 2, split="causal", rank=torch.zeros(2, 6, dtype=torch.int64)), r"no rank with split=.causal"),
+        (lambda op: op.varlen(X, CU, R), r"metric of shape \[T, C\], got \[2, 6, 3\]"),
+        (lambda op: op.varlen(Y, CU.long(), R), r"cu_seqlens of dtype int32, got int64"),
+        (lambda op: op.varlen(Y, CU, R.float()), r"r of dtype int32, got float32"),
+        (lambda op: op.varlen(Y, CU, R[None]), r"r of shape \[segments\], got \[1, 2\]"),
+        (lambda op: op.varlen(Y, CU[:2], R), r"cu_seqlens.shape = \[segments \+ 1\] = \[3\], got \[2\]"),
+        (lambda op: op.varlen(Y, CU, R, protect=torch.zeros(2, 6, dtype=torch.bool)), r"protect.shape = \[T\] = \[6\]"),
+        (lambda op: op.varlen(Y, CU, R, rank=torch.zeros(5, dtype=torch.int64)), r"rank.shape = \[T\] = \[6\], got"),
+        (lambda op: op.varlen(Y, CU, R, split="random"), r'split to be "even_odd" or "causal"'),
     ],
 )
 def test_errors(backend, call, message):

@@ -5,7 +5,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.merge_data import assert_weights, drop_some, exact_metric, golden_metric, plain_merge
+from tests.merge_data import (
+    assert_weights,
+    bounds,
+    counts,
+    drop_some,
+    exact_metric,
+    golden_metric,
+    on_the_circle,
+    plain_merge,
+)
 from tests.reference import bipartite_match as match_reference
 from tests.reference import bipartite_merge as reference
 from tests.reference import merge_apply as apply_reference
@@ -183,7 +192,127 @@ def test_compiles_whole(random):
     assert (tokens.grad != 0).all()
 
 
+# Packed segments.
+
+
+def merge_varlen(backend, tokens, metric, cu_seqlens, r, **options):
+    moved = {n: backend.put(v) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    outputs = backend.ops.bipartite_merge.varlen(*backend.put(tokens, metric, cu_seqlens, r), **moved)
+    assert [t.dtype for t in outputs] == [tokens.dtype, torch.float32, torch.int64, torch.int32]
+    return [t.cpu() for t in outputs]
+
+
+def check_varlen(backend, tokens, metric, cu_seqlens, r, size=None, **options):
+    """For metrics whose similarities are exact in float32."""
+    merged, sizes, owner, cu_merged = merge_varlen(backend, tokens, metric, cu_seqlens, r, size=size, **options)
+    expected, expected_sizes, expected_owner, expected_cu = reference.bipartite_merge_varlen(
+        tokens, metric, cu_seqlens, r, size, **options
+    )
+    assert owner.tolist() == expected_owner.tolist() and cu_merged.tolist() == expected_cu.tolist()
+    plain = plain_merge(tokens[None], owner[None], merged.shape[0], None if size is None else size[None])[0]
+    assert_close(merged, expected, plain)
+    assert_weights(sizes, expected_sizes)
+
+
+def test_varlen_golden(backend):
+    """The golden example twice, with r 2 and 3, and a segment of one token between them."""
+    metric = torch.cat([golden_metric()[0], torch.ones(1, 2), golden_metric()[0]])
+    tokens = torch.cat([VALUES[0], torch.full((1, 1), 9.0), VALUES[0]])
+    merged, size, owner, cu_merged = merge_varlen(
+        backend, tokens, metric, bounds([6, 0, 1, 6]), counts(2, 1, 1, 3), order="tome"
+    )
+    assert merged[:, 0].tolist() == [5, 1.5, 3.5, 6, 9, 1.5, 4, 6]
+    assert size.tolist() == [1, 2, 2, 1, 1, 2, 3, 1] and cu_merged.tolist() == [0, 4, 4, 5, 8]
+    assert owner.tolist() == [1, 1, 2, 2, 0, 3, 4, 5, 5, 6, 6, 6, 7]
+
+
+def test_varlen_causal(backend):
+    """B-VLLM: a kept row is the mean of itself and its direct children, what follows a merged one is dropped."""
+    metric = on_the_circle([0.0, 30.0, 50.0, 200.0, 190.0])[0]
+    tokens = torch.arange(1.0, 6.0)[:, None]
+    cu, r = bounds([5]), counts(5)
+    merged, size, owner, _ = merge_varlen(backend, tokens, metric, cu, r, split="causal", threshold=0.5)
+    assert merged[:, 0].tolist() == [1.5, 4.5] and size.tolist() == [2, 2] and owner.tolist() == [0, 0, -1, 1, 1]
+
+
+@QUICK
+@given(data=st.data())
+def test_varlen_any_shape(backend, data):
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 16, 35]), max_size=6))
+    r = counts(*(data.draw(st.integers(0, length + 1)) for length in lengths))
+    total, width = sum(lengths), data.draw(st.integers(0, 40))
+    tokens = torch.randn(total, width, generator=random).to(data.draw(st.sampled_from(FLOATS)))
+    metric = exact_metric(random, 1, total, 12)[0].to(data.draw(st.sampled_from(FLOATS)))
+    protect = drop_some(random, 1, total)[0] if data.draw(st.booleans()) else None
+    size = torch.randint(1, 6, (total,), generator=random).float() if data.draw(st.booleans()) else None
+    split, order = data.draw(st.sampled_from([("even_odd", "position"), ("even_odd", "tome"), ("causal", "position")]))
+    check_varlen(
+        backend, tokens, metric, bounds(lengths), r, size, protect=protect, split=split, order=order,
+        threshold=data.draw(st.sampled_from([None, 0.25])), out_len=data.draw(st.sampled_from([None, total])),
+    )  # fmt: skip
+
+
+def test_varlen_long_segments(backend, random):
+    """More tokens than merge_apply lists at once; strided tokens, metric and sizes."""
+    lengths = [400, 3, 300]
+    tokens = torch.randn(703, 20, generator=random)[:, 3:14]
+    metric = torch.nn.functional.pad(exact_metric(random, 1, 703, 20)[0], (7, 3))[:, 7:27]
+    size = torch.randint(1, 4, (703, 2), generator=random).float()[:, 1]
+    check_varlen(backend, tokens, metric, bounds(lengths), counts(190, 1, 0), size)
+
+
+def test_varlen_is_the_dense_op(backend, random):
+    """Equal segments are a batch, bit by bit."""
+    tokens, metric = torch.randn(2, 50, 24, generator=random), torch.randn(2, 50, 16, generator=random)
+    expected = merge(backend, tokens, metric, 20, order="tome")
+    flat = [x.reshape(100, -1) for x in (tokens, metric)]
+    merged, size, owner, _ = merge_varlen(backend, *flat, bounds([50, 50]), counts(20, 20), order="tome")
+    assert_same_bits(merged.reshape(2, 30, 24), expected[0])
+    assert_same_bits(size.reshape(2, 30), expected[1])
+    assert_same_bits(owner.reshape(2, 50), expected[2] + torch.tensor([[0], [30]]))
+
+
+def test_varlen_out_len(backend):
+    """Rows to spare are zeros. Too few: an error on the CPU, lost rows on CUDA, whose owners lie outside."""
+    args = (VALUES[0], golden_metric()[0], bounds([6]), counts(2))
+    merged, size, owner, cu_merged = merge_varlen(backend, *args, out_len=6)
+    assert merged[:, 0].tolist() == [1.5, 3.5, 5, 6, 0, 0] and size.tolist() == [2, 2, 1, 1, 0, 0]
+    assert cu_merged.tolist() == [0, 4]
+    if backend.checks_values:
+        with pytest.raises(RuntimeError, match="expected out_len >= the rows that are left, 4, got 3"):
+            merge_varlen(backend, *args, out_len=3)
+    else:
+        merged, _, owner, cu_merged = merge_varlen(backend, *args, out_len=3)
+        assert merged[:, 0].tolist() == [1.5, 3.5, 5] and owner.tolist() == [0, 0, 1, 1, 2, 3]
+        assert cu_merged.tolist() == [0, 4]
+
+
+def test_varlen_gradient(random):
+    tokens, metric = torch.randn(21, 6, generator=random), exact_metric(random, 1, 21, 8)[0]
+    size, cu, r = torch.rand(21, generator=random) + 0.5, bounds([9, 0, 12]), counts(3, 0, 5)
+    ours, exact = tokens.clone().requires_grad_(), tokens.double().requires_grad_()
+    merged, sizes, *_ = torch.ops.vtk.bipartite_merge.varlen(ours, metric.requires_grad_(), cu, r, size=size)
+    upstream = torch.randn(13, 6, generator=random)
+    assert not sizes.requires_grad
+    (merged * upstream).sum().backward()
+    (reference.bipartite_merge_varlen(exact, metric.detach(), cu, r, size)[0] * upstream).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
+    assert metric.grad is None
+
+
+def test_varlen_compiles_whole(random):
+    def block(tokens, metric, cu, r):
+        merged, size, _, cu_merged = torch.ops.vtk.bipartite_merge.varlen(tokens * 2, metric, cu, r, out_len=15)
+        return merged + size[:, None], cu_merged
+
+    args = (*(torch.randn(20, width, generator=random) for width in (6, 5)), bounds([12, 8]), counts(3, 2))
+    for got, want in zip(torch.compile(block, fullgraph=True, backend="aot_eager")(*args), block(*args), strict=True):
+        assert_same_bits(got, want)
+
+
 X = torch.zeros(2, 6, 3)
+Y, CU, R = X[0], counts(0, 2, 6), counts(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +326,13 @@ X = torch.zeros(2, 6, 3)
         (lambda op: op(X, X, 1, size=X), r"size.shape = \[B, N\] = \[2, 6\], got \[2, 6, 3\]"),
         (lambda op: op(X, X, 1, protect=torch.zeros(2, 6)), r"protect of dtype bool"),
         (lambda op: op(X, X, 1, order="score"), r'order to be "position" or "tome", got "score"'),
+        (lambda op: op.varlen(X, Y, CU, R), r"tokens of shape \[T, D\], got \[2, 6, 3\]"),
+        (lambda op: op.varlen(Y, Y[1:], CU, R), r"metric of shape \[T, C\] with T = 6, got \[5, 3\]"),
+        (lambda op: op.varlen(Y, Y, CU, R[:1]), r"cu_seqlens.shape = \[segments \+ 1\] = \[2\], got \[3\]"),
+        (lambda op: op.varlen(Y, Y, CU, R, size=X[:, :, 0]), r"size.shape = \[T\] = \[6\], got \[2, 6\]"),
+        (lambda op: op.varlen(Y, Y, CU, R, threshold=float("nan")), r"threshold to be a number"),
+        (lambda op: op.varlen(Y, Y, CU, R, split="causal", order="tome"), r'order = "position" with split="causal"'),
+        (lambda op: op.varlen(Y, Y, CU, R, out_len=-1), r"out_len >= 0, got -1"),
     ],
 )
 def test_errors(backend, call, message):
@@ -212,6 +348,8 @@ def test_sizes_that_are_none(bad):
     size[1, 3] = bad
     with pytest.raises(RuntimeError, match=r"vtk::bipartite_merge: expected size > 0 and finite, got size\[1, 3\]"):
         torch.ops.vtk.bipartite_merge(X, X, 1, size=size)
+    with pytest.raises(RuntimeError, match=r"vtk::bipartite_merge: expected size > 0 and finite, got size\[3\]"):
+        torch.ops.vtk.bipartite_merge.varlen(Y, Y, CU, R, size=size[1])
 
 
 @pytest.mark.cuda

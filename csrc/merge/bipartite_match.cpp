@@ -1,7 +1,6 @@
 // bipartite_match: schema, checks, allocation, launch.
 #include "merge/bipartite_match.h"
 
-#include <algorithm>
 #include <tuple>
 
 #include "common/backend.h"
@@ -19,21 +18,10 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& metric, int64_t r, cons
                                            std::optional<double> threshold, const std::string& split,
                                            const std::optional<Tensor>& rank) {
   BipartiteMatchParams p = {};
-  set_metric(kOp, p, metric, protect);
-  VTK_CHECK(kOp, split == "even_odd", "expected split to be \"even_odd\" (for another split give rank), got \"", split,
-            "\"");
-  if (rank.has_value()) {
-    check_same_device(kOp, "rank", *rank, "metric", metric);
-    check_dtype(kOp, "rank", *rank, ScalarType::Long);
-    check_shape(kOp, "rank", *rank, "[B, N]", {p.batch, p.num_tokens});
-    p.rank = static_cast<const int64_t*>(rank->const_data_ptr());
-    p.rank_stride_batch = rank->stride(0);
-    p.rank_stride_token = rank->stride(1);
-  }
+  set_metric(kOp, p, metric, false, protect);
+  set_split(kOp, p, split, threshold);
+  set_rank(kOp, p, rank, false, metric);
   set_merges(kOp, p, r);
-  p.has_threshold = threshold.has_value();
-  p.threshold = static_cast<float>(threshold.value_or(0.0));
-  VTK_CHECK(kOp, p.threshold == p.threshold, "expected threshold to be a number, got NaN");
 
   Tensor owner = empty({p.batch, p.num_tokens}, ScalarType::Long, metric);
   Tensor similarity = empty({p.batch, p.num_tokens}, ScalarType::Float, metric);
@@ -43,16 +31,44 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& metric, int64_t r, cons
   return {owner, similarity};
 }
 
+// bipartite_match.varlen(metric [T, C], cu_seqlens int32 [S + 1], r int32 [S])
+//   -> (owner int64 [T], similarity float32 [T], cu_merged int32 [S + 1])
+std::tuple<Tensor, Tensor, Tensor> bipartite_match_varlen(const Tensor& metric, const Tensor& cu_seqlens,
+                                                          const Tensor& r, const std::optional<Tensor>& protect,
+                                                          std::optional<double> threshold, const std::string& split,
+                                                          const std::optional<Tensor>& rank) {
+  BipartiteMatchParams p = {};
+  set_metric(kOp, p, metric, true, protect);
+  set_split(kOp, p, split, threshold);
+  set_rank(kOp, p, rank, true, metric);
+  Tensor cu_merged = set_segments(kOp, p, cu_seqlens, r, metric);
+
+  Tensor owner = empty({p.num_tokens}, ScalarType::Long, metric);
+  Tensor similarity = empty({p.num_tokens}, ScalarType::Float, metric);
+  p.owner = static_cast<int64_t*>(owner.mutable_data_ptr());
+  p.similarity = static_cast<float*>(similarity.mutable_data_ptr());
+  run_match(kOp, p, metric);
+  return {owner, similarity, cu_merged};
+}
+
 #if defined(VTK_DEFINES_SCHEMAS)
 VTK_FRAGMENT(m) {
   // Bipartite soft matching: the r most similar source-destination edges, as the owner map of their merge.
   m.def(
       "bipartite_match(Tensor metric, SymInt r, *, Tensor? protect=None, float? threshold=None, str "
       "split=\"even_odd\", Tensor? rank=None) -> (Tensor owner, Tensor similarity)");
+  // The same for every packed segment, each with its own r; owner counts rows of the packed output.
+  m.def(
+      "bipartite_match.varlen(Tensor metric, Tensor cu_seqlens, Tensor r, *, Tensor? protect=None, float? "
+      "threshold=None, str split=\"even_odd\", Tensor? rank=None) -> (Tensor owner, Tensor similarity, Tensor "
+      "cu_merged)");
 }
 #endif
 
-VTK_IMPL(m) { m.impl("bipartite_match", TORCH_BOX(&bipartite_match)); }
+VTK_IMPL(m) {
+  m.impl("bipartite_match", TORCH_BOX(&bipartite_match));
+  m.impl("bipartite_match.varlen", TORCH_BOX(&bipartite_match_varlen));
+}
 
 }  // namespace
 }  // namespace vtk

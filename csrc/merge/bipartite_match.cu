@@ -1,341 +1,338 @@
-// bipartite_match on CUDA: three launches, no [N/2, N/2] in memory, no host synchronisation.
+// bipartite_match on CUDA: one launch, no [N/2, N/2] in memory, no host synchronisation.
 //
-//   prepare  one block an item lists its sources and destinations in ascending order; the others: 1 / norm, a warp a
-//            token
-//   match    block = (item, 64 sources, part of the destinations). Products of device/tile_product.cuh; a thread keeps
-//            the best similarity and destination of each of its rows, the lanes of a row agree at the end
-//   merge    block = item: the r best edges by radix selection, then the output row of every token by prefix sums
+//   grid     groups x blocks, all resident; a group serves items group, group + groups, ...
+//   prepare  block 0 of the group lists sources and destinations in ascending order; all: 1 / norm, a warp a token
+//   match    pairs of a source tile and a destination tile, shared out evenly: nearest_rows.cuh. Blocks that share a
+//            source tile agree by a maximum over integers
+//   merge    block 0: the r best edges by radix selection, then the output row of every token by prefix sums. The
+//            others are on their way to the next item
+//   number   packed segments only, after a barrier of the whole grid: the rows of a segment follow those before it
 //
-// An edge is one integer, similarity above destination: its maximum is the most similar destination, the lower index
-// among equals, in whatever order blocks and lanes offer it.
-//
-//   shared  match: 68 KiB and 512 bytes of inverse norms; merge: 1.1 KiB
-//   bound   N^2 / 2 * C operations an item; merging reads N keys about ten times from L2
+//   shared   68 KiB of tiles, 1.6 KiB static; three blocks a multiprocessor of sm_90
+//   bound    N^2 / 2 * C operations an item; merging reads N keys about ten times from L2, a barrier takes about 1.5 us
 //
 // Clamped, because a report needs a sync (p.exact): where protect leaves fewer edges than merges, the lowest-indexed
-// sources without an edge are dropped.
+// sources without an edge are dropped. Segments that do not ascend from 0 to T drop every token.
 #include "merge/bipartite_match.h"
 
 #include <algorithm>
 
-#include "device/convert.cuh"
+#include "device/grid_barrier.cuh"
 #include "device/launch.h"
-#include "device/order_key.cuh"
 #include "device/radix_select.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.h"
-#include "device/tile_product.cuh"
+#include "merge/nearest_rows.cuh"
 
 namespace vtk {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kTileThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int32_t kSurvives = -1, kDropped = -2;
-constexpr float kInfinity = INFINITY;
-
-using EdgeRank = unsigned long long;  // 0: no edge
-
-__device__ uint32_t key_of(EdgeRank edge) { return static_cast<uint32_t>(edge >> 32); }
-// The inverse of order_key; kNanKey gives a NaN.
-__device__ float similarity_of(uint32_t key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
 struct Counts {
   int32_t sources, destinations;
 };
 
+// What belongs to tokens lies as they do: an item's part of an array starts at its first token.
 struct Workspace {
-  int32_t most_sources, most_destinations;  // of an item
-  int32_t parts, part_tiles;                // blocks that share a source tile, destination tiles of each
-  EdgeRank* edges;                          // [B, parts, most_sources]
-  float* inverse;                           // [B, N]: 1 / norm, 0 of a zero vector, NaN without a cosine
-  int32_t* sources;                         // [B, most_sources], tokens of even rank
-  int32_t* destinations;                    // [B, most_destinations], tokens of odd rank that are not protected
-  uint32_t* keys;                           // [B, most_sources], 0: no edge that may merge
-  int32_t* partners;                        // [B, most_sources], tokens
-  int32_t* targets;                         // [B, N], the token to merge into, or kSurvives or kDropped
-  Counts* counts;                           // [B]
+  int32_t groups, blocks;
+  char* counters;         // [groups + 1] barriers, the last that of the grid; zeroed by the launcher
+  EdgeRank* edges;        // [B, N] or [T], the best edge of each source; its place is one in `destinations`
+  float* inverse;         // [B, N] or [T]: 1 / norm, 0 of a zero vector, NaN without a cosine
+  int32_t* sources;       // [B, N] or [T], ascending positions; causal: not those that are protected
+  int32_t* destinations;  // [B, N] or [T], those that are not protected
+  int32_t* targets;       // [B, N] or [T], the position to merge into, or kSurvives or kDropped
+  Counts* counts;         // [B]
+  int32_t* rows;          // [B], that an item leaves
   int64_t bytes;
 };
 
-Workspace make_workspace(const BipartiteMatchParams& p) {
-  Workspace w = {};
-  w.most_sources = p.rank == nullptr ? (p.num_tokens + 1) / 2 : p.num_tokens;
-  w.most_destinations = std::max(p.rank == nullptr ? p.num_tokens / 2 : p.num_tokens, 1);
-  const int32_t tiles = ceil_div(w.most_destinations, kTile);
-  const int64_t blocks = int64_t{p.batch} * ceil_div(w.most_sources, kTile);
-  w.part_tiles = ceil_div(tiles, static_cast<int32_t>(std::clamp<int64_t>(ceil_div(kFillBlocks, blocks), 1, tiles)));
-  w.parts = ceil_div(tiles, w.part_tiles);
-
-  char* next = static_cast<char*>(p.workspace);
-  auto take = [&](auto*& array, int64_t count) {
-    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
-    next += round_up<int64_t>(count * sizeof(*array), 16);
-  };
-  const int64_t tokens = int64_t{p.batch} * p.num_tokens, sources = int64_t{p.batch} * w.most_sources;
-  take(w.edges, sources * w.parts);
-  take(w.inverse, tokens);
-  take(w.sources, sources);
-  take(w.destinations, int64_t{p.batch} * w.most_destinations);
-  take(w.keys, sources);
-  take(w.partners, sources);
-  take(w.targets, tokens);
-  take(w.counts, p.batch);
-  w.bytes = next - static_cast<char*>(p.workspace);
-  return w;
-}
-
-__device__ bool is_protected(const BipartiteMatchParams& p, int32_t b, int32_t n) {
-  return p.protect.data != nullptr && p.protect.data[b * p.protect.stride_row + n * p.protect.stride_col];
-}
-
-__device__ bool is_source(const BipartiteMatchParams& p, int32_t b, int32_t n) {
-  return (p.rank == nullptr ? n : p.rank[b * p.rank_stride_batch + n * p.rank_stride_token]) % 2 == 0;
-}
-
-// Walks [0, count) in order and calls write(i, number) for each i that select(i) chooses; returns how many.
-template <class Select, class Write>
-__device__ int32_t enumerate(int32_t count, int32_t* sWarps, const Select& select, const Write& write) {
-  int32_t before = 0;
-  for (int32_t first = 0; first < count; first += kThreads) {
-    const int32_t i = first + static_cast<int32_t>(threadIdx.x);
-    const bool chosen = i < count && select(i);
-    const Prefix<int32_t> votes = block_prefix<kThreads>(int32_t{chosen}, sWarps);
-    if (chosen) write(i, before + votes.before);
-    before += votes.total;
-  }
-  return before;
-}
-
-template <class T>
-__device__ float inverse_norm(const T* row, int32_t channels) {
-  float squared = 0.0f;
-  for (int32_t c = threadIdx.x % 32; c < channels; c += 32)
-    squared = __fmaf_rn(to_float(row[c]), to_float(row[c]), squared);
-  squared = warp_reduce(squared, Sum{});
-  if (!(squared < kInfinity)) return __uint_as_float(0x7fffffffu);
-  return squared >= kMinSquaredNorm ? __fdiv_rn(1.0f, __fsqrt_rn(squared)) : 0.0f;
-}
-
-// blockIdx.x = item * blocks + block; block 0 makes the lists.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const __grid_constant__ BipartiteMatchParams p, const __grid_constant__ Workspace w, int blocks) {
-  __shared__ int32_t sWarps[kWarps];
-  const int32_t b = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  if (block > 0) {
-    const int32_t n = (block - 1) * kWarps + threadIdx.x / 32;
-    if (n >= p.num_tokens) return;
-    const T* row = static_cast<const T*>(p.metric) + b * p.stride_batch + n * p.stride_token;
-    const float inverse = inverse_norm(row, p.channels);
-    if (threadIdx.x % 32 == 0) w.inverse[static_cast<int64_t>(b) * p.num_tokens + n] = inverse;
-    return;
-  }
-  int32_t* gSources = w.sources + static_cast<int64_t>(b) * w.most_sources;
-  int32_t* gDestinations = w.destinations + static_cast<int64_t>(b) * w.most_destinations;
-  Counts counts;
-  counts.sources = enumerate(
-      p.num_tokens, sWarps, [&](int32_t n) { return is_source(p, b, n); },
-      [&](int32_t n, int32_t s) { gSources[s] = n; });
-  counts.destinations = enumerate(
-      p.num_tokens, sWarps, [&](int32_t n) { return !is_source(p, b, n) && !is_protected(p, b, n); },
-      [&](int32_t n, int32_t d) { gDestinations[d] = n; });
-  if (threadIdx.x == 0) w.counts[b] = counts;
-}
-
-// Rows that a list names.
-template <class T>
-struct ListedRows {
-  const T* data;
-  int64_t stride;
-  const int32_t* list;
-  int32_t count;
-  bool aligned;
-  __device__ const T* row(int32_t i) const { return data + list[i] * stride; }
-};
-
-// blockIdx.x = (item * source tiles + source tile) * parts + part.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
-    match_kernel(const __grid_constant__ BipartiteMatchParams p, const __grid_constant__ Workspace w, bool aligned) {
-  VTK_DYNAMIC_SHARED(shared);
-  __shared__ float sInverse[2][kTile];
-  using Tile = typename TileOf<T>::Type;
-  const int32_t source_tiles = ceil_div(w.most_sources, kTile);
-  const int32_t part = blockIdx.x % w.parts, tile = blockIdx.x / w.parts % source_tiles;
-  const int32_t b = blockIdx.x / w.parts / source_tiles;
-  const Counts counts = w.counts[b];
-  if (tile * kTile >= counts.sources) return;
-  const T* gMetric = static_cast<const T*>(p.metric) + b * p.stride_batch;
-  const float* gInverse = w.inverse + static_cast<int64_t>(b) * p.num_tokens;
-  const ListedRows<T> sources = {gMetric, p.stride_token, w.sources + static_cast<int64_t>(b) * w.most_sources,
-                                 counts.sources, aligned};
-  const ListedRows<T> destinations = {gMetric, p.stride_token,
-                                      w.destinations + static_cast<int64_t>(b) * w.most_destinations,
-                                      counts.destinations, aligned};
-
-  float best[Tile::kRows], inverse[Tile::kRows];
-  int32_t partner[Tile::kRows];
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    best[i] = -kInfinity;
-    partner[i] = -1;
-    inverse[i] = gInverse[sources.list[min(tile * kTile + Tile::row(i), counts.sources - 1)]];
-  }
-
-  // Stream the destinations of the part. A NaN is never better, so columns beyond the last have one.
-  const int32_t first = part * w.part_tiles;
-  const int32_t count = min(w.part_tiles, ceil_div(counts.destinations, kTile) - first);
-  auto begin = [&](int32_t streamed, int32_t buffer) {
-    if (threadIdx.x >= kTile) return;
-    const int32_t d = streamed * kTile + threadIdx.x;
-    sInverse[buffer][threadIdx.x] =
-        d < counts.destinations ? gInverse[destinations.list[d]] : __uint_as_float(0x7fffffffu);
-  };
-  auto reduce = [&](int32_t streamed, int32_t buffer, const Tile& products) {
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) {
-      const float factor = sInverse[buffer][Tile::column(j)];
-#pragma unroll
-      for (int i = 0; i < Tile::kRows; ++i) {
-        const float similarity = products.value[i][j] * inverse[i] * factor;
-        if (similarity > best[i]) {
-          best[i] = similarity;
-          partner[i] = streamed * kTile + Tile::column(j);
-        }
-      }
-    }
-  };
-  if (count > 0) stream_tiles<T>(shared, sources, tile * kTile, destinations, first, count, p.channels, begin, reduce);
-
-  // Agree over the lanes of a row. Where every similarity is NaN, the first destination of the part stands.
-  EdgeRank* gEdges = w.edges + (static_cast<int64_t>(b) * w.parts + part) * w.most_sources;
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    EdgeRank edge = partner[i] >= 0 ? make_rank(order_key(best[i]), partner[i])
-                    : count > 0     ? make_rank(kNanKey, first * kTile)
-                                    : 0;
-    edge = warp_reduce<Tile::kRowLanes>(edge, Max{});
-    const int32_t s = tile * kTile + Tile::row(i);
-    if (threadIdx.x % Tile::kRowLanes == 0 && s < counts.sources) gEdges[s] = edge;
-  }
-}
-
-struct MergeShared {
+struct SharedMemory {
   RadixSelectStorage select;
   int32_t warps[kWarps];
-  int32_t eligible;
+  float terms[2][kTile];
 };
 
-// One item's view of the workspace.
+// One item's view of its tokens, which positions from 0 number, and of the workspace.
 struct Item {
   const BipartiteMatchParams& p;
   const Workspace& w;
   const int32_t b;
-  const Counts counts;
-  const int32_t *sources, *destinations;
-  uint32_t* keys;
-  int32_t *partners, *targets;
-  int64_t* owner;
+  const int32_t first;  // packed: the first token
+  const int32_t tokens;
+  const int64_t offset;  // of the item's part in arrays of all tokens
+  EdgeRank* const edges;
+  float* const inverse;
+  int32_t *const sources, *const destinations, *const targets;
+  int64_t* const owner;
 
   __device__ Item(const BipartiteMatchParams& p, const Workspace& w, int32_t b)
       : p(p),
         w(w),
         b(b),
-        counts(w.counts[b]),
-        sources(w.sources + static_cast<int64_t>(b) * w.most_sources),
-        destinations(w.destinations + static_cast<int64_t>(b) * w.most_destinations),
-        keys(w.keys + static_cast<int64_t>(b) * w.most_sources),
-        partners(w.partners + static_cast<int64_t>(b) * w.most_sources),
-        targets(w.targets + static_cast<int64_t>(b) * p.num_tokens),
-        owner(p.owner + static_cast<int64_t>(b) * p.num_tokens) {}
+        first(p.cu_seqlens != nullptr ? p.cu_seqlens[b] : 0),
+        tokens(p.cu_seqlens != nullptr ? p.cu_seqlens[b + 1] - first : p.num_tokens),
+        offset(p.cu_seqlens != nullptr ? first : static_cast<int64_t>(b) * p.num_tokens),
+        edges(w.edges + offset),
+        inverse(w.inverse + offset),
+        sources(w.sources + offset),
+        destinations(p.split == MatchSplit::kCausal ? sources : w.destinations + offset),
+        targets(w.targets + offset),
+        owner(p.owner + offset) {}
 
-  // Best edges over the parts, as keys; counts those that may merge.
-  __device__ void collect(MergeShared& shared) const {
-    float* gSimilarity = p.similarity != nullptr ? p.similarity + static_cast<int64_t>(b) * p.num_tokens : nullptr;
-    if (threadIdx.x == 0) shared.eligible = 0;
-    for (int32_t n = threadIdx.x; n < p.num_tokens; n += kThreads) {
+  template <class T>
+  __device__ const T* metric() const {
+    return static_cast<const T*>(p.metric) + b * p.stride_batch + first * p.stride_token;
+  }
+
+  __device__ bool is_protected(int32_t n) const {
+    return p.protect.data != nullptr &&
+           p.protect.data[b * p.protect.stride_row + static_cast<int64_t>(first + n) * p.protect.stride_col];
+  }
+
+  __device__ bool is_source(int32_t n) const {
+    if (p.split == MatchSplit::kCausal) return !is_protected(n);
+    if (p.rank == nullptr) return n % 2 == 0;
+    return p.rank[b * p.rank_stride_batch + static_cast<int64_t>(first + n) * p.rank_stride_token] % 2 == 0;
+  }
+
+  __device__ void list_tokens(int32_t* sWarps) const {
+    Counts counts;
+    counts.sources = enumerate<kThreads>(
+        tokens, sWarps, [&](int32_t n) { return is_source(n); }, [&](int32_t n, int32_t s) { sources[s] = n; });
+    counts.destinations = counts.sources;
+    if (p.split != MatchSplit::kCausal)
+      counts.destinations = enumerate<kThreads>(
+          tokens, sWarps, [&](int32_t n) { return !is_source(n) && !is_protected(n); },
+          [&](int32_t n, int32_t d) { destinations[d] = n; });
+    if (threadIdx.x == 0) w.counts[b] = counts;
+  }
+
+  // This block's share of the norms, and no edges yet.
+  template <class T>
+  __device__ void measure(int32_t block) const {
+    for (int32_t n = block * kWarps + threadIdx.x / 32; n < tokens; n += w.blocks * kWarps) {
+      const float norm = inverse_norm(squared_norm(metric<T>() + n * p.stride_token, p.channels));
+      if (threadIdx.x % 32 != 0) continue;
+      inverse[n] = norm;
+      edges[n] = 0;
+    }
+  }
+
+  // This block's share of the pairs of tiles, source tile by source tile. Causal: a source tile meets those up to
+  // itself.
+  template <class T, bool kCausal>
+  __device__ void match(int32_t block, bool aligned, unsigned char* tiles, SharedMemory& shared) const {
+    const Counts counts = w.counts[b];
+    const ListedRows<T> from = {metric<T>(), p.stride_token, sources, inverse, counts.sources, aligned};
+    const ListedRows<T> to = {metric<T>(), p.stride_token, destinations, inverse, counts.destinations, aligned};
+    const int32_t source_tiles = ceil_div(counts.sources, kTile);
+    const int32_t destination_tiles = ceil_div(counts.destinations, kTile);
+    const int64_t pairs = kCausal ? static_cast<int64_t>(source_tiles) * (source_tiles + 1) / 2
+                                  : static_cast<int64_t>(source_tiles) * destination_tiles;
+    const int64_t begin = pairs * block / w.blocks, end = pairs * (block + 1) / w.blocks;
+    int64_t before = 0;  // pairs of the source tiles before this one
+    for (int32_t tile = 0; tile < source_tiles && before < end; ++tile) {
+      const int32_t width = kCausal ? tile + 1 : destination_tiles;
+      const int32_t low = static_cast<int32_t>(max(begin - before, static_cast<int64_t>(0)));
+      const int32_t high = static_cast<int32_t>(min(end - before, static_cast<int64_t>(width)));
+      before += width;
+      if (low >= high) continue;
+      nearest_rows<T, kCausal>(
+          tiles, shared.terms, from, tile * kTile, to, low, high - low, p.channels,
+          [](float product, float source, float destination) { return product * source * destination; },
+          [&](int32_t s, EdgeRank edge) { atomicMax(&edges[s], edge); });
+    }
+  }
+
+  __device__ uint32_t key_at(int32_t s) const { return key_of(edges[s]); }
+
+  // No edges for protected sources; the similarities; returns how many edges may merge.
+  __device__ int32_t collect(int32_t num_sources, SharedMemory& shared) const {
+    float* gSimilarity = p.similarity != nullptr ? p.similarity + offset : nullptr;
+    for (int32_t n = threadIdx.x; n < tokens; n += kThreads) {
       targets[n] = kSurvives;
-      if (gSimilarity != nullptr) gSimilarity[n] = -kInfinity;
+      if (gSimilarity != nullptr) gSimilarity[n] = -INFINITY;
     }
     __syncthreads();
     int32_t eligible = 0;
-    for (int32_t s = threadIdx.x; s < counts.sources; s += kThreads) {
-      EdgeRank edge = 0;
-      for (int32_t part = 0; part < w.parts; ++part) {
-        edge = max(edge, w.edges[(static_cast<int64_t>(b) * w.parts + part) * w.most_sources + s]);
-      }
-      uint32_t key = is_protected(p, b, sources[s]) ? 0 : key_of(edge);
-      if (key != 0 && gSimilarity != nullptr) gSimilarity[sources[s]] = similarity_of(key);
-      if (p.has_threshold && !(similarity_of(key) > p.threshold)) key = 0;
-      keys[s] = key;
-      partners[s] = key != 0 ? destinations[index_of(edge)] : kDropped;
-      eligible += key != 0;
+    for (int32_t s = threadIdx.x; s < num_sources; s += kThreads) {
+      if (is_protected(sources[s])) edges[s] = 0;
+      if (edges[s] == 0) continue;
+      const float similarity = similarity_of(key_at(s));
+      if (gSimilarity != nullptr) gSimilarity[sources[s]] = similarity;
+      eligible += !p.has_threshold || similarity > p.threshold;
     }
-    atomicAdd(&shared.eligible, eligible);
-    __syncthreads();
+    return block_reduce<kThreads>(eligible, Sum{}, shared.warps);
   }
 
   // Aims the `merges` best sources at their destinations; among equal keys the earlier source.
-  __device__ void aim(int32_t merges, MergeShared& shared) const {
+  __device__ void aim(int32_t num_sources, int32_t merges, SharedMemory& shared) const {
     if (merges == 0) return;
-    const Threshold threshold = radix_select([&](int32_t s) { return keys[s]; }, counts.sources, merges, shared.select);
-    enumerate(
-        counts.sources, shared.warps, [&](int32_t s) { return keys[s] == threshold.key; },
+    auto target_of = [&](int32_t s) { return edges[s] != 0 ? destinations[index_of(edges[s])] : kDropped; };
+    const Threshold threshold = radix_select([&](int32_t s) { return key_at(s); }, num_sources, merges, shared.select);
+    enumerate<kThreads>(
+        num_sources, shared.warps, [&](int32_t s) { return key_at(s) == threshold.key; },
         [&](int32_t s, int32_t tie) {
-          if (tie < threshold.ties) targets[sources[s]] = partners[s];
+          if (tie < threshold.ties) targets[sources[s]] = target_of(s);
         });
-    for (int32_t s = threadIdx.x; s < counts.sources; s += kThreads)
-      if (keys[s] > threshold.key) targets[sources[s]] = partners[s];
+    for (int32_t s = threadIdx.x; s < num_sources; s += kThreads)
+      if (key_at(s) > threshold.key) targets[sources[s]] = target_of(s);
     __syncthreads();
   }
 
-  __device__ void number_by_position(MergeShared& shared) const {
-    enumerate(
-        p.num_tokens, shared.warps, [&](int32_t n) { return targets[n] == kSurvives; },
+  __device__ void number_by_position(SharedMemory& shared) const {
+    enumerate<kThreads>(
+        tokens, shared.warps, [&](int32_t n) { return targets[n] == kSurvives; },
         [&](int32_t n, int32_t row) { owner[n] = row; });
   }
 
   // ToMe lists unmerged sources by descending similarity, but by position as soon as a token is protected.
-  __device__ void number_as_tome(int32_t merges, MergeShared& shared) const {
+  __device__ void number_as_tome(int32_t num_sources, int32_t merges, SharedMemory& shared) const {
     if (p.protect.data != nullptr) {
-      enumerate(
-          counts.sources, shared.warps, [&](int32_t s) { return targets[sources[s]] == kSurvives; },
+      enumerate<kThreads>(
+          num_sources, shared.warps, [&](int32_t s) { return targets[sources[s]] == kSurvives; },
           [&](int32_t s, int32_t row) { owner[sources[s]] = row; });
     } else {
       // One warp a source: all merged sources are better, and `better` counts the others before it.
-      for (int32_t s = threadIdx.x / 32; s < counts.sources; s += kWarps) {
+      for (int32_t s = threadIdx.x / 32; s < num_sources; s += kWarps) {
         if (targets[sources[s]] != kSurvives) continue;
         int32_t better = 0;
-        for (int32_t other = threadIdx.x % 32; other < counts.sources; other += 32)
-          better += keys[other] > keys[s] || (keys[other] == keys[s] && other < s);
-        better = __reduce_add_sync(0xffffffffu, better);
+        for (int32_t other = threadIdx.x % 32; other < num_sources; other += 32)
+          better += key_at(other) > key_at(s) || (key_at(other) == key_at(s) && other < s);
+        better = __reduce_add_sync(kAllLanes, better);
         if (threadIdx.x % 32 == 0) owner[sources[s]] = better - merges;
       }
     }
-    for (int32_t n = 1 + 2 * threadIdx.x; n < p.num_tokens; n += 2 * kThreads)
-      owner[n] = counts.sources - merges + n / 2;
+    for (int32_t n = 1 + 2 * threadIdx.x; n < tokens; n += 2 * kThreads) owner[n] = num_sources - merges + n / 2;
   }
 
+  // A target that is merged itself has no row.
   __device__ void follow_targets() const {
-    for (int32_t n = threadIdx.x; n < p.num_tokens; n += kThreads)
-      if (targets[n] != kSurvives) owner[n] = targets[n] == kDropped ? -1 : owner[targets[n]];
+    for (int32_t n = threadIdx.x; n < tokens; n += kThreads) {
+      const int32_t target = targets[n];
+      if (target != kSurvives) owner[n] = target != kDropped && targets[target] == kSurvives ? owner[target] : -1;
+    }
+  }
+
+  __device__ void merge(SharedMemory& shared) const {
+    const int32_t num_sources = w.counts[b].sources;
+    const int32_t eligible = collect(num_sources, shared);
+    const int32_t wanted =
+        p.cu_seqlens != nullptr ? min(max(p.segment_merges[b], 0), most_merges(p, tokens)) : p.merges;
+    const int32_t merges = p.exact ? wanted : min(wanted, eligible);
+    aim(num_sources, merges, shared);
+    if (p.order == MergeOrder::kPosition)
+      number_by_position(shared);
+    else
+      number_as_tome(num_sources, merges, shared);
+    __syncthreads();
+    follow_targets();
+    if (threadIdx.x == 0) w.rows[b] = tokens - merges;
   }
 };
 
-__global__ void __launch_bounds__(kThreads)
-    merge_kernel(const __grid_constant__ BipartiteMatchParams p, const __grid_constant__ Workspace w) {
-  __shared__ MergeShared shared;
-  const Item item(p, w, blockIdx.x);
-  item.collect(shared);
-  const int32_t merges = p.exact ? p.merges : min(p.merges, shared.eligible);
-  item.aim(merges, shared);
-  if (p.order == MergeOrder::kPosition)
-    item.number_by_position(shared);
-  else
-    item.number_as_tome(merges, shared);
-  __syncthreads();
-  item.follow_targets();
+__device__ bool segments_ascend(const BipartiteMatchParams& p) {
+  bool wrong = p.cu_seqlens[0] != 0 || p.cu_seqlens[p.batch] != p.num_tokens;
+  for (int32_t s = threadIdx.x; s < p.batch; s += kThreads) wrong |= p.cu_seqlens[s] > p.cu_seqlens[s + 1];
+  return !__syncthreads_or(wrong);
+}
+
+__device__ void drop_every_token(const BipartiteMatchParams& p) {
+  const int32_t thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
+  for (int64_t n = thread; n < p.num_tokens; n += threads) {
+    p.owner[n] = -1;
+    if (p.similarity != nullptr) p.similarity[n] = -INFINITY;
+  }
+  for (int64_t s = thread; s <= p.batch; s += threads) p.cu_merged[s] = 0;
+}
+
+// Moves the rows of every segment of the group behind those of the segments before it.
+__device__ void number_segments(const BipartiteMatchParams& p, const Workspace& w, int32_t group, int32_t block,
+                                int32_t* sWarps) {
+  if (p.batch == 0 && threadIdx.x == 0 && blockIdx.x == 0) p.cu_merged[0] = 0;
+  int32_t before = 0, counted = 0;  // rows of the segments before b; how many of these are in it
+  for (int32_t b = group; b < p.batch; b += w.groups) {
+    int32_t rows = 0;
+    for (int32_t s = counted + threadIdx.x; s < b; s += kThreads) rows += w.rows[s];
+    before += block_reduce<kThreads>(rows, Sum{}, sWarps);
+    counted = b;
+    const Item item(p, w, b);
+    for (int32_t n = block * kThreads + threadIdx.x; n < item.tokens; n += w.blocks * kThreads)
+      if (item.owner[n] >= 0) item.owner[n] += before;
+    if (block != 0 || threadIdx.x != 0) continue;
+    p.cu_merged[b] = before;
+    if (b + 1 == p.batch) p.cu_merged[p.batch] = before + w.rows[b];
+  }
+}
+
+// blockIdx.x = group * blocks + block.
+template <class T, MatchSplit kSplit>
+__global__ void __launch_bounds__(kThreads, kTileBlocks)
+    bipartite_match_kernel(const __grid_constant__ BipartiteMatchParams p, const __grid_constant__ Workspace w,
+                           bool aligned) {
+  VTK_DYNAMIC_SHARED(tiles);
+  __shared__ SharedMemory shared;
+  const int32_t group = blockIdx.x / w.blocks, block = blockIdx.x % w.blocks;
+  auto barrier_of = [&](int32_t number, unsigned blocks) {
+    return GridBarrier{reinterpret_cast<unsigned*>(w.counters + number * kBarrierBytes), blocks};
+  };
+  GridBarrier barrier = barrier_of(group, w.blocks);
+  if (p.cu_seqlens != nullptr && !segments_ascend(p)) {
+    drop_every_token(p);
+    return;
+  }
+  for (int32_t b = group; b < p.batch; b += w.groups) {
+    const Item item(p, w, b);
+    if (block == 0) item.list_tokens(shared.warps);
+    item.template measure<T>(block);
+    barrier.wait();
+    item.template match<T, kSplit == MatchSplit::kCausal>(block, aligned, tiles, shared);
+    barrier.wait();
+    if (block == 0) item.merge(shared);
+  }
+  if (p.cu_seqlens == nullptr) return;
+  barrier_of(w.groups, gridDim.x).wait();
+  number_segments(p, w, group, block, shared.warps);
+}
+
+// Blocks that fit on the device at once. Shared memory bounds them, so all instances have the same number.
+int resident_blocks() {
+  static thread_local int cached_device = -1, cached = 1;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (device != cached_device) {
+    auto kernel = bipartite_match_kernel<float, MatchSplit::kEvenOdd>;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTileProductBytes) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&cached, kernel, kThreads, kTileProductBytes) != cudaSuccess)
+      return 1;
+    cached_device = device;
+  }
+  return std::max(1, cached * num_multiprocessors());
+}
+
+Workspace make_workspace(const BipartiteMatchParams& p) {
+  Workspace w = {};
+  const int resident = resident_blocks();
+  const bool halves = p.rank == nullptr && p.split == MatchSplit::kEvenOdd;
+  const int64_t tiles = ceil_div<int64_t>(halves ? (int64_t{p.num_tokens} + 1) / 2 : p.num_tokens, kTile);
+  w.groups = std::clamp(p.batch, 1, resident);
+  w.blocks = static_cast<int32_t>(std::clamp<int64_t>(tiles * tiles, 1, resident / w.groups));
+
+  WorkspaceLayout take{p.workspace};
+  const int64_t tokens = (p.cu_seqlens != nullptr ? int64_t{1} : p.batch) * p.num_tokens;
+  take(w.counters, (w.groups + 1) * kBarrierBytes);
+  take(w.edges, tokens);
+  take(w.inverse, tokens);
+  take(w.sources, tokens);
+  take(w.destinations, tokens);
+  take(w.targets, tokens);
+  take(w.counts, p.batch);
+  take(w.rows, p.batch);
+  w.bytes = take.bytes;
+  return w;
 }
 
 template <class T>
@@ -343,21 +340,17 @@ cudaError_t run(const BipartiteMatchParams& p, cudaStream_t stream) {
   const Workspace w = make_workspace(p);
   const uint64_t bits = reinterpret_cast<uint64_t>(p.metric) |
                         (static_cast<uint64_t>(p.stride_batch) | p.stride_token | p.channels) * sizeof(T);
-  const int blocks = 1 + ceil_div(p.num_tokens, kWarps);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(p.batch) * blocks);
+  shape.grid = dim3(static_cast<unsigned>(w.groups * w.blocks));
   shape.block = dim3(kThreads);
-  cudaError_t error = launch(prepare_kernel<T>, shape, stream, p, w, blocks);
-  if (error != cudaSuccess) return error;
-  shape.grid = dim3(static_cast<unsigned>(p.batch) * ceil_div(w.most_sources, kTile) * w.parts);
-  shape.block = dim3(kTileThreads);
   shape.shared_bytes = kTileProductBytes;
-  error = launch(match_kernel<T>, shape, stream, p, w, bits % 16 == 0);
+  shape.cooperative = w.blocks > 1 || (p.cu_seqlens != nullptr && w.groups > 1);
+  // NOTE: a memset is a node of a captured graph, so a replay starts from zero again.
+  const cudaError_t error = cudaMemsetAsync(w.counters, 0, (w.groups + 1) * kBarrierBytes, stream);
   if (error != cudaSuccess) return error;
-  shape.grid = dim3(static_cast<unsigned>(p.batch));
-  shape.block = dim3(kThreads);
-  shape.shared_bytes = 0;
-  return launch(merge_kernel, shape, stream, p, w);
+  if (p.split == MatchSplit::kCausal)
+    return launch(bipartite_match_kernel<T, MatchSplit::kCausal>, shape, stream, p, w, bits % 16 == 0);
+  return launch(bipartite_match_kernel<T, MatchSplit::kEvenOdd>, shape, stream, p, w, bits % 16 == 0);
 }
 
 }  // namespace

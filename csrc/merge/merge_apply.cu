@@ -9,7 +9,8 @@
 // A row of one token is a copy. When the 16 rows have more than 512 tokens, their threads walk the owner map instead
 // of the list: the same order, the same sums.
 //
-// NaN or infinite weights and weights <= 0 are not reported, that needs a sync: the formula is applied to them.
+// NaN or infinite weights, weights <= 0 and centers of other rows are not reported, that needs a sync: the formula is
+// applied to them.
 #include "merge/merge_apply.h"
 
 #include "device/convert.cuh"
@@ -31,6 +32,7 @@ struct SharedMemory {
   int32_t first[kRows + 1];
   int32_t warps[kWarps];
   int32_t count[kRows], last[kRows];  // tokens of a row, and the last of them
+  int64_t center[kRows];
   float weight[kRows];
 };
 
@@ -42,7 +44,11 @@ struct Block {
 
   __device__ int32_t row_of(int32_t n) const {
     const int64_t row = p.owner[b * p.owner_stride_batch + n * p.owner_stride_token];
-    return row >= first_row && row < first_row + rows ? static_cast<int32_t>(row) - first_row : -1;
+    if (row < first_row || row >= first_row + rows) return -1;
+    return p.reduce == MergeReduce::kPrune && center_of(row) != n ? -1 : static_cast<int32_t>(row) - first_row;
+  }
+  __device__ int64_t center_of(int64_t row) const {
+    return p.center == nullptr ? -1 : p.center[b * p.center_stride_batch + row * p.center_stride_row];
   }
   __device__ float weight_of(int32_t n) const {
     if (p.weight == nullptr) return 1.0f;
@@ -110,19 +116,12 @@ struct Block {
       shared.count[threadIdx.x] = count;
       shared.last[threadIdx.x] = last;
       shared.weight[threadIdx.x] = weight;
+      shared.center[threadIdx.x] = center_of(first_row + threadIdx.x);
       p.weight_out[static_cast<int64_t>(b) * p.out_len + first_row + threadIdx.x] = weight;
     }
     __syncthreads();
   }
 };
-
-__device__ float combine(MergeReduce reduce, float acc, float x, float weight) {
-  switch (reduce) {
-    case MergeReduce::kWeightedMean: return __fmaf_rn(weight, x, acc);
-    case MergeReduce::kMax: return x > acc || x != x ? x : acc;
-    default: return acc + x;
-  }
-}
 
 // One vector of a row: T by T, or 16 bytes at once.
 template <class T, class Vector>
@@ -139,20 +138,26 @@ __device__ void reduce_vector(const Block& block, int32_t row, int32_t column, V
   if (count == 1) {
     out = at(block.shared.last[row]);
   } else if (count > 1) {
+    const RowReduction reduction = {p.reduce, p.beta, count - 1, block.shared.weight[row]};
+    const bool takes_max = p.reduce == MergeReduce::kMax;
     float acc[kWidth];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) acc[i] = p.reduce == MergeReduce::kMax ? -INFINITY : 0.0f;
+    for (int i = 0; i < kWidth; ++i) acc[i] = takes_max ? -INFINITY : 0.0f;
+    int32_t before = 0;
     block.for_each_token(row, [&](int32_t n) {
       const Vector vector = at(n);
       T x[kWidth];
       memcpy(static_cast<void*>(x), &vector, sizeof vector);
-      const float weight = block.weight_of(n);
+      const bool is_center = n == block.shared.center[row];
+      const float coefficient = reduction.coefficient(is_center, block.weight_of(n), before);
+      before += !is_center;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) acc[i] = combine(p.reduce, acc[i], to_float(x[i]), weight);
+      for (int i = 0; i < kWidth; ++i) {
+        const float value = to_float(x[i]);
+        acc[i] = !takes_max ? __fmaf_rn(coefficient, value, acc[i]) : value > acc[i] || value != value ? value : acc[i];
+      }
     });
-    const float divisor = p.reduce == MergeReduce::kWeightedMean ? block.shared.weight[row]
-                          : p.reduce == MergeReduce::kMean       ? static_cast<float>(count)
-                                                                 : 1.0f;
+    const float divisor = reduction.divisor();
     T x[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = from_float<T>(__fdiv_rn(acc[i], divisor));

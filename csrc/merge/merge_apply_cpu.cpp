@@ -29,8 +29,12 @@ float weight_at(const MergeApplyParams& p, int64_t b, int64_t n) {
 
 struct Member {
   int32_t token;
-  float weight;
+  float weight;  // then its coefficient
 };
+
+int64_t center_of(const MergeApplyParams& p, int64_t b, int64_t row) {
+  return p.center == nullptr ? -1 : p.center[b * p.center_stride_batch + row * p.center_stride_row];
+}
 
 // The tokens of one item, sorted by output row.
 struct Groups {
@@ -39,8 +43,10 @@ struct Groups {
 };
 
 void group(const MergeApplyParams& p, int64_t b, const Groups& groups) {
-  const int64_t* owner = p.owner + b * p.owner_stride_batch;
-  auto owner_of = [&](int32_t n) { return owner[n * p.owner_stride_token]; };
+  auto owner_of = [&](int32_t n) {
+    const int64_t row = p.owner[b * p.owner_stride_batch + n * p.owner_stride_token];
+    return p.reduce == MergeReduce::kPrune && row >= 0 && center_of(p, b, row) != n ? -1 : row;
+  };
   std::fill_n(groups.first, int64_t{p.out_len} + 1, 0);
   for (int32_t n = 0; n < p.num_tokens; ++n)
     if (owner_of(n) >= 0) ++groups.first[owner_of(n) + 1];
@@ -54,55 +60,60 @@ void group(const MergeApplyParams& p, int64_t b, const Groups& groups) {
   groups.first[0] = 0;
 }
 
-// acc and x are floats or vectors of them.
-template <MergeReduce kReduce, class V>
-V combine(V acc, V x, float weight) {
-  if constexpr (kReduce == MergeReduce::kWeightedMean) return acc + weight * x;
-  if constexpr (kReduce == MergeReduce::kMax) return (x > acc) | (x != x) ? x : acc;
-  return acc + x;
-}
-
 // Vectors [at, at + kVectors) of a row of two or more members.
-template <MergeReduce kReduce, int kVectors, class Load, class Store>
+template <bool kMax, int kVectors, class Load, class Store>
 void reduce_columns(const Member* members, int32_t count, float divisor, const Load& load_at, const Store& store_at) {
   f32v acc[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const f32v x = load_at(members[0].token, v);
-    acc[v] = kReduce == MergeReduce::kWeightedMean ? members[0].weight * x : x;
+    acc[v] = kMax ? x : members[0].weight * x;
   }
   for (int32_t i = 1; i < count; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      acc[v] = combine<kReduce>(acc[v], load_at(members[i].token, v), members[i].weight);
-  constexpr bool kDivides = kReduce == MergeReduce::kWeightedMean || kReduce == MergeReduce::kMean;
+    for (int v = 0; v < kVectors; ++v) {
+      const f32v x = load_at(members[i].token, v);
+      if constexpr (kMax)
+        acc[v] = (x > acc[v]) | (x != x) ? x : acc[v];
+      else
+        acc[v] += members[i].weight * x;
+    }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store_at(v, kDivides ? acc[v] / divisor : acc[v]);
+  for (int v = 0; v < kVectors; ++v) store_at(v, kMax ? acc[v] : acc[v] / divisor);
 }
 
-template <MergeReduce kReduce, class T>
+template <bool kMax, class T>
 void reduce_row(const MergeApplyParams& p, const T* values, const Member* members, int32_t count, float divisor,
                 T* out) {
   constexpr int kVectors = 4;
   int32_t c = 0;
   for (; c + kVectors * kLanes <= p.channels; c += kVectors * kLanes)
-    reduce_columns<kReduce, kVectors>(
+    reduce_columns<kMax, kVectors>(
         members, count, divisor,
         [&](int64_t token, int v) { return load(values + token * p.stride_token + c + v * kLanes); },
         [&](int v, f32v x) { store(out + c + v * kLanes, x); });
   for (; c < p.channels; c += kLanes) {
     const int width = std::min<int32_t>(kLanes, p.channels - c);
-    reduce_columns<kReduce, 1>(
+    reduce_columns<kMax, 1>(
         members, count, divisor,
         [&](int64_t token, int) { return load_partial(values + token * p.stride_token + c, width); },
         [&](int, f32v x) { store_partial(out + c, x, width); });
   }
 }
 
+void weigh(const RowReduction& row, int64_t center, Member* members, int32_t count) {
+  int32_t before = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const bool is_center = members[i].token == center;
+    members[i].weight = row.coefficient(is_center, members[i].weight, before);
+    before += !is_center;
+  }
+}
+
 template <class T>
 void merge_row(const MergeApplyParams& p, int64_t b, int64_t row, const Groups& groups, bool stream) {
   const T* values = static_cast<const T*>(p.values) + b * p.stride_batch;
-  const Member* members = groups.members + groups.first[row];
+  Member* members = groups.members + groups.first[row];
   const int32_t count = groups.first[row + 1] - groups.first[row];
   T* out = static_cast<T*>(p.merged) + (b * p.out_len + row) * p.channels;
   const size_t bytes = p.channels * sizeof(T);
@@ -118,17 +129,12 @@ void merge_row(const MergeApplyParams& p, int64_t b, int64_t row, const Groups& 
       stream_copy(reinterpret_cast<char*>(out), from, bytes);
     else
       std::memcpy(static_cast<void*>(out), from, bytes);
+  } else if (p.reduce == MergeReduce::kMax) {
+    reduce_row<true>(p, values, members, count, 1.0f, out);
   } else {
-    switch (p.reduce) {
-      case MergeReduce::kWeightedMean:
-        reduce_row<MergeReduce::kWeightedMean>(p, values, members, count, total, out);
-        break;
-      case MergeReduce::kMean:
-        reduce_row<MergeReduce::kMean>(p, values, members, count, static_cast<float>(count), out);
-        break;
-      case MergeReduce::kSum: reduce_row<MergeReduce::kSum>(p, values, members, count, 1.0f, out); break;
-      case MergeReduce::kMax: reduce_row<MergeReduce::kMax>(p, values, members, count, 1.0f, out); break;
-    }
+    const RowReduction reduction = {p.reduce, p.beta, count - 1, total};
+    weigh(reduction, center_of(p, b, row), members, count);
+    reduce_row<false>(p, values, members, count, reduction.divisor(), out);
   }
 }
 

@@ -7,8 +7,8 @@ namespace vtk {
 inline constexpr int64_t kMaxChannels = 1 << 26;  // kernels count the elements of 16 rows in 32 bits
 
 inline void check_width(const char* op, const char* name, const Tensor& rows) {
-  VTK_CHECK(op, rows.size(2) <= kMaxChannels, "expected ", name, " with at most ", kMaxChannels, " channels, got ",
-            shape_text(rows));
+  VTK_CHECK(op, rows.size(rows.dim() - 1) <= kMaxChannels, "expected ", name, " with at most ", kMaxChannels,
+            " channels, got ", shape_text(rows));
 }
 
 // The CPU reads the map; on CUDA the kernels take an entry outside [0, rows) as dropped.

@@ -7,7 +7,8 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
 from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
-from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, unmerge
+from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
+from vtkernels.ops.merge_packed import bipartite_match_varlen, bipartite_merge_varlen
 from vtkernels.ops.score import attention_scores, energy_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -22,11 +23,14 @@ __all__ = [
     "__version__",
     "attention_scores",
     "bipartite_match",
+    "bipartite_match_varlen",
     "bipartite_merge",
+    "bipartite_merge_varlen",
     "cluster_dpc_knn",
     "cluster_kmedoids",
     "energy_scores",
     "merge_apply",
+    "nearest_match",
     "prune_gather",
     "prune_gather_attention",
     "prune_gather_tensors",

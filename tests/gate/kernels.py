@@ -30,6 +30,11 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     },
     "csrc/merge/cluster_kmedoids.cu": {"cluster_kmedoids_kernel": HOT},
     "csrc/merge/merge_apply.cu": {"merge_apply_kernel": HOT},
+    "csrc/merge/nearest_match.cu": {
+        "nearest_prepare_kernel": HOT,
+        "nearest_match_kernel": HOT,
+        "nearest_finish_kernel": HOT,
+    },
     "csrc/merge/temporal_segments.cu": {"temporal_segments_kernel": HOT},
     "csrc/merge/unmerge.cu": {"unmerge_kernel": HOT},
     "csrc/score/attention_scores.cu": {

@@ -18,7 +18,7 @@ def units(metric: Tensor) -> Tensor:
     return torch.where((norm.square() < 2.0**128)[:, None], unit, math.nan)
 
 
-def split(count: int, protect: Tensor | None, rank: Tensor | None) -> tuple[list[int], list[int]]:
+def parts(count: int, protect: Tensor | None, rank: Tensor | None) -> tuple[list[int], list[int]]:
     """Sources and destinations of one row."""
     order = torch.arange(count) if rank is None else rank
     free = torch.ones(count, dtype=torch.bool) if protect is None else ~protect
@@ -41,19 +41,38 @@ def best_edges(unit: Tensor, sources: list[int], destinations: list[int]) -> dic
     return edges
 
 
+def causal_edges(unit: Tensor, protect: Tensor | None) -> dict[int, tuple[float, int]]:
+    """best_edges where the destinations of a token are the free tokens before it."""
+    count = unit.shape[0]
+    free = [n for n in range(count) if protect is None or not protect[n]]
+    edges = {}
+    for i, s in enumerate(free):
+        edges |= best_edges(unit, [s], free[:i])
+    return edges
+
+
 def owner_map(count: int, targets: dict[int, int], first: list[int] = ()) -> list[int]:
-    """Numbers the survivors, those of ``first`` before the others; the merged take their target's row."""
+    """Numbers the survivors, those of ``first`` before the others; the merged take their target's row, -1 when it has
+    none.
+    """
     survivors = list(first) + [n for n in range(count) if n not in targets and n not in set(first)]
     row = {n: i for i, n in enumerate(survivors)}
-    return [row[targets.get(n, n)] for n in range(count)]
+    return [row.get(targets.get(n, n), -1) for n in range(count)]
 
 
 def match_row(
-    metric: Tensor, r: int, protect: Tensor | None, threshold: float | None, rank: Tensor | None, order: str
-) -> tuple[list[int], list[float]]:
+    metric: Tensor,
+    r: int,
+    protect: Tensor | None = None,
+    threshold: float | None = None,
+    rank: Tensor | None = None,
+    order: str = "position",
+    split: str = "even_odd",
+) -> tuple[list[int], list[float], int]:
+    """Owners, similarities and the number of rows that are left."""
     count = metric.shape[0]
-    sources, destinations = split(count, protect, rank)
-    edges = best_edges(units(metric), sources, destinations)
+    causal = split == "causal"
+    edges = causal_edges(units(metric), protect) if causal else best_edges(units(metric), *parts(count, protect, rank))
     ranked = sorted(edges, key=lambda s: descending((edges[s][0], s)))
     allowed = [s for s in ranked if threshold is None or edges[s][0] > threshold]
     targets = {s: edges[s][1] for s in allowed[:r]}
@@ -62,7 +81,7 @@ def match_row(
         unmerged = [n for n in range(0, count, 2) if n not in targets]
         first = unmerged if protect is not None or not edges else [s for s in ranked if s not in targets]
     similarity = [edges[n][0] if n in edges else -math.inf for n in range(count)]
-    return owner_map(count, targets, first), similarity
+    return owner_map(count, targets, first), similarity, count - len(targets)
 
 
 def bipartite_match(
@@ -72,17 +91,43 @@ def bipartite_match(
     threshold: float | None = None,
     rank: Tensor | None = None,
     order: str = "position",
+    split: str = "even_odd",
 ) -> tuple[Tensor, Tensor]:
     owners, similarities = [], []
     for b in range(metric.shape[0]):
         masks = [None if t is None else t[b] for t in (protect, rank)]
-        owner, similarity = match_row(metric[b], r, masks[0], threshold, masks[1], order)
+        owner, similarity, _ = match_row(metric[b], r, masks[0], threshold, masks[1], order, split)
         owners.append(owner)
         similarities.append(similarity)
     shape = metric.shape[:2]
     return (
         torch.tensor(owners, dtype=torch.int64).reshape(shape),
         torch.tensor(similarities, dtype=torch.float64).reshape(shape),
+    )
+
+
+def bipartite_match_varlen(
+    metric: Tensor,
+    cu_seqlens: Tensor,
+    r: Tensor,
+    protect: Tensor | None = None,
+    threshold: float | None = None,
+    rank: Tensor | None = None,
+    order: str = "position",
+    split: str = "even_odd",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment by segment."""
+    owners, similarities, cu_merged = [], [], [0]
+    for begin, end, merges in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), r.tolist(), strict=True):
+        masks = [None if t is None else t[begin:end] for t in (protect, rank)]
+        owner, similarity, rows = match_row(metric[begin:end], merges, masks[0], threshold, masks[1], order, split)
+        owners += [row + cu_merged[-1] if row >= 0 else -1 for row in owner]
+        similarities += similarity
+        cu_merged.append(cu_merged[-1] + rows)
+    return (
+        torch.tensor(owners, dtype=torch.int64),
+        torch.tensor(similarities, dtype=torch.float64),
+        torch.tensor(cu_merged, dtype=torch.int32),
     )
 
 
@@ -94,7 +139,7 @@ def worst_regret(
     matching of r edges with survivors numbered by position.
     """
     count = metric.shape[0]
-    sources, destinations = split(count, protect, rank)
+    sources, destinations = parts(count, protect, rank)
     unit = units(metric)
     edges = best_edges(unit, sources, destinations)
     home = {}  # output row -> the destination or lone token in it

@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import cluster, merge, score, select
+from vtkernels.ops import cluster, merge, merge_packed, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -15,9 +15,12 @@ PUBLIC = {
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
     "bipartite_match": merge.bipartite_match,
+    "bipartite_match.varlen": merge_packed.bipartite_match_varlen,
     "merge_apply": merge.merge_apply,
+    "nearest_match": merge.nearest_match,
     "unmerge": merge.unmerge,
     "bipartite_merge": merge.bipartite_merge,
+    "bipartite_merge.varlen": merge_packed.bipartite_merge_varlen,
     "temporal_segments": cluster.temporal_segments,
     "cluster_dpc_knn": cluster.cluster_dpc_knn,
     "cluster_kmedoids": cluster.cluster_kmedoids,

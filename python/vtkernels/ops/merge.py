@@ -27,19 +27,24 @@ def bipartite_match(
     similarity 0 with every token; with a NaN, an infinity or an infinite norm its similarities are NaN, which rank
     below every number (as the only choice, the lowest destination is taken). The result carries no gradient.
 
+    With ``split="causal"`` every token is a source and its destinations are the tokens before it, so the first token
+    stays. Merging is not transitive: what would merge into a token that is merged itself goes nowhere and is dropped
+    (owner -1), so a row that is left is its token and those that merge into it directly.
+
     Args:
         metric: float32, float16 or bfloat16 ``[B, N, C]``, C >= 1; any batch and token strides, contiguous last
             dimension.
         r: edges to merge, ``r >= 0``; clamped to the number of sources that may merge, row by row.
         protect: bool ``[B, N]``; True tokens are neither source nor destination.
         threshold: only edges with ``similarity > threshold`` may merge.
-        split: ``"even_odd"``; any other split is a ``rank``.
-        rank: int64 ``[B, N]``: the rank of each token, of which the parity is read. Default: its position.
+        split: ``"even_odd"`` or ``"causal"``; any other split into two sets is a ``rank``.
+        rank: int64 ``[B, N]``: the rank of each token, of which the parity is read. Default: its position. Not with
+            ``"causal"``.
 
     Returns:
         ``owner`` int64 ``[B, N]``: the output row of each token; survivors keep their order, a merged source has the
-        row of its destination, so ``owner.max() + 1`` is the number of rows left. ``similarity`` float32 ``[B, N]``:
-        of each source's edge, -inf for tokens without one.
+        row of its destination (-1 when that is merged too), so ``owner.max() + 1`` is the number of rows left.
+        ``similarity`` float32 ``[B, N]``: of each source's edge, -inf for tokens without one.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, ``r < 0``, a NaN ``threshold``, naming the
@@ -56,7 +61,8 @@ def bipartite_match(
         >>> owner.tolist(), similarity[0, 2].item() > similarity[0, 0].item()
         ([[0, 0, 1, 1, 2, 3]], True)
 
-    ToMe (arXiv 2210.09461); by rank, PiToMe (arXiv 2405.16148).
+    ToMe (arXiv 2210.09461); by rank, PiToMe (arXiv 2405.16148); causal with ``threshold=0.5``, the temporal merging of
+    B-VLLM (arXiv 2412.09919), whose similarity (cos + 1) / 2 must exceed 0.75.
     """
     return torch.ops.vtk.bipartite_match.default(
         metric, r, protect=protect, threshold=threshold, split=split, rank=rank
@@ -70,6 +76,8 @@ def merge_apply(
     *,
     weight: Tensor | None = None,
     reduce: str = "weighted_mean",
+    center: Tensor | None = None,
+    beta: float = 0.6,
 ) -> tuple[Tensor, Tensor]:
     """Reduces the tokens that share an output row into one.
 
@@ -78,16 +86,32 @@ def merge_apply(
     - ``"weighted_mean"``: ``sum(weight_n * values_n) / sum(weight_n)``;
     - ``"mean"``, ``"sum"``, ``"max"`` of ``values_n``, whatever the weights. A NaN makes the maximum NaN.
 
-    Sums are float32, in the order of the tokens: no atomics, the same bits in every run. A row of one token is
-    bitwise that token, a row of none is zeros. The gradient flows to ``values`` and takes the weights as constants;
-    that of a maximum goes to the first token that attains it.
+    The others tell the value ``c`` of the token ``center[b, m]`` from the values ``x_1 ... x_s`` of the row's other
+    tokens, its sources:
+
+    - ``"target_plus_mean"``: ``c + mean(x)`` (VisionDrop);
+    - ``"beta"``: ``beta * c + (1 - beta) * mean(x)`` (HoliTom);
+    - ``"pivot"``: the mean of ``c`` and all ``(c + x_i) / 2`` (LOOK-M);
+    - ``"similarity_weighted"``: the mean of ``c`` and all ``weight_i * x_i``, for any weights (LOOK-M, with the
+      similarity of :func:`nearest_match`);
+    - ``"sequential_half"``: ``c <- (c + x_i) / 2``, one source after another (HoliTom inside the language model);
+    - ``"prune"``: ``c``; the sources are dropped, their weights too.
+
+    Every reduction but the maximum is a sum of coefficients times values, divided once; the sum is float32, in the
+    order of the tokens: no atomics, the same bits in every run. A row of one token is bitwise that token, a row of none
+    is zeros. The gradient flows to ``values`` and takes the weights as constants; that of a maximum goes to the first
+    token that attains it.
 
     Args:
         values: float32, float16 or bfloat16 ``[B, N, D]``; any batch and token strides, contiguous last dimension.
         owner: int64 ``[B, N]``: the output row of each token, or -1 to drop it.
         out_len: output rows, ``out_len >= 0``.
         weight: float32, float16 or bfloat16 ``[B, N]``, positive and finite: the size of each token. Default: ones.
-        reduce: ``"weighted_mean"``, ``"mean"``, ``"sum"`` or ``"max"``.
+        reduce: one of the names above.
+        center: int64 ``[B, out_len]``, the token that the others of a row merge into, -1 for a row without tokens; for
+            the reductions that tell it from the others, and only for them. Of a ``nearest_match`` these are its
+            ``centers``.
+        beta: what ``"beta"`` keeps of the center.
 
     Returns:
         ``merged [B, out_len, D]`` of the dtype of ``values`` and ``weight`` float32 ``[B, out_len]``, the sums of the
@@ -95,9 +119,10 @@ def merge_apply(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, ``out_len < 0``, naming the argument. On the
-            CPU also an owner outside ``-1 <= owner < out_len`` and a weight that is not a finite number above 0. On
-            CUDA, where a report needs a synchronisation, such an owner drops its token and such a weight enters the
-            formula.
+            CPU also an owner outside ``-1 <= owner < out_len``, a weight that is not a finite number above 0 and a
+            center that is no token of its row. On CUDA, where a report needs a synchronisation, such an owner drops its
+            token, such a weight enters the formula, and such a center leaves a row of sources: the terms with ``c``
+            are missing from the sum, and s is one less than their number.
 
     Example:
         >>> values = torch.tensor([[[1.0], [2.0], [6.0]]])
@@ -105,9 +130,57 @@ def merge_apply(
         >>> merged.tolist(), weight.tolist()
         ([[[4.75], [2.0]]], [[4.0, 1.0]])
 
-    ToMe (arXiv 2210.09461).
+    ToMe (arXiv 2210.09461), VisionDrop (arXiv 2506.22283), HoliTom (arXiv 2505.21334), LOOK-M (arXiv 2406.18139).
     """
-    return torch.ops.vtk.merge_apply.default(values, owner, out_len, weight=weight, reduce=reduce)
+    return torch.ops.vtk.merge_apply.default(
+        values, owner, out_len, weight=weight, reduce=reduce, center=center, beta=beta
+    )
+
+
+def nearest_match(
+    metric: Tensor, centers: Tensor, *, valid: Tensor | None = None, distance: str = "cosine"
+) -> tuple[Tensor, Tensor]:
+    """Finds the most similar of a few centers for every token, as the owner map of the merge into them.
+
+    ``owner[b, n] = argmax_k similarity(metric[b, n], metric[b, centers[b, k]])``; a center owns itself. Ties: the lower
+    k. The similarity is
+
+    - ``"cosine"``: of the two tokens, in float32; zero vectors, NaN and infinity count as in :func:`bipartite_match`
+      (where every similarity is NaN, the first center is taken);
+    - ``"euclidean"``: minus the squared distance, ``2 x . c - x . x - c . c`` in float32 and at most 0, so its error
+      is that of the squared norms. A token with a NaN or a norm of 6.5e18 or more has similarities NaN.
+
+    Heads that match on their own are batch rows of their own. The result carries no gradient.
+
+    Args:
+        metric: float32, float16 or bfloat16 ``[B, N, C]``, C >= 1; any batch and token strides, contiguous last
+            dimension.
+        centers: int64 ``[B, K]``: distinct tokens in any order, or -1 for none, so that batch rows may have fewer than
+            K. K may be 0.
+        valid: bool ``[B, N]``; False tokens take no part, and no center may be one.
+        distance: ``"cosine"`` or ``"euclidean"``.
+
+    Returns:
+        ``owner`` int64 ``[B, N]``: a row of ``centers``, or -1 for tokens that take no part or have no center to go to.
+        ``similarity`` float32 ``[B, N]`` to it; 1 (cosine) or 0 for the centers, -inf where owner is -1.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or option that does not fit, naming the argument. On the CPU also a center
+            outside ``-1 <= centers < N``, a repeated or an invalid one. On CUDA, where a report needs a
+            synchronisation, these count as -1 (of equal centers, all but the first).
+
+    Extra memory: on the CPU about ``4 * K * C + 4 * N`` bytes for each batch row in work, on CUDA about
+    ``12 * N + 8 * K`` for each row and ``8 * N`` more for each further block that shares it; never an ``N x K`` matrix.
+
+    Example:
+        >>> metric = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
+        >>> owner, similarity = nearest_match(metric, torch.tensor([[2, 0]]))
+        >>> owner.tolist(), similarity[0, 1].item() > 0.79
+        ([[1, 0, 0]], True)
+
+    LOOK-M (arXiv 2406.18139), VisionDrop (arXiv 2506.22283), HoliTom (arXiv 2505.21334).
+    """
+    return torch.ops.vtk.nearest_match.default(metric, centers, valid=valid, distance=distance)
 
 
 def unmerge(merged: Tensor, owner: Tensor) -> Tensor:
@@ -205,6 +278,12 @@ def _(values, owner, out_len, **_options):
     return _rows_like(values, out_len)
 
 
+@torch.library.register_fake("vtk::nearest_match")
+def _(metric, centers, **_options):
+    shape = metric.shape[:2]
+    return metric.new_empty(shape, dtype=torch.int64), metric.new_empty(shape, dtype=torch.float32)
+
+
 @torch.library.register_fake("vtk::unmerge")
 def _(merged, owner):
     return merged.new_empty(*owner.shape, merged.shape[2])
@@ -245,24 +324,64 @@ def _owned(owner: Tensor, rows: int) -> Tensor:
 
 
 def merge_gradient(
-    grad: Tensor, owner: Tensor, weight: Tensor | None, total: Tensor, reduce: str, values: Tensor, merged: Tensor
+    grad: Tensor,
+    owner: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    reduce: str,
+    extremes: tuple[Tensor, Tensor] | None = None,
+    center: Tensor | None = None,
+    beta: float = 0.6,
 ) -> Tensor:
-    """The gradient of values, given that of merged ``[B, M, D]`` and the summed weights ``total [B, M]``."""
+    """The gradient of values, given that of merged ``[B, M, D]`` and the summed weights ``total [B, M]``; for a maximum
+    ``extremes`` are values and merged.
+    """
     if reduce == "max":
-        return _max_gradient(grad, owner, values, merged)
-    wide = torch.promote_types(grad.dtype, total.dtype)
-    share = rows_of(grad, owner).to(wide)
+        return _max_gradient(grad, owner, *extremes)
+    share = _shares(owner, weight, total, reduce, center, beta).where(_owned(owner, total.shape[1]), 0)
+    return (rows_of(grad, owner) * share[..., None]).to(grad.dtype)
+
+
+def _shares(
+    owner: Tensor, weight: Tensor | None, total: Tensor, reduce: str, center: Tensor | None, beta: float
+) -> Tensor:
+    """What a row takes of each of its tokens ``[B, N]``: coefficient over divisor, as the table of
+    csrc/merge/merge_apply.h has them. Tokens of no row have some number.
+    """
+    ones, owned = total.new_ones(owner.shape), _owned(owner, total.shape[1])
+    weight = ones if weight is None else weight.to(total.dtype)
+    if reduce == "sum":
+        return ones
     if reduce == "weighted_mean":
-        share = share * (1 if weight is None else weight.to(wide)[..., None]) / _divisor(total, owner)
-    elif reduce == "mean":
-        owned = _owned(owner, total.shape[1])
-        counts = total.new_zeros(total.shape).scatter_add(1, owner.where(owned, 0), owned.to(total.dtype))
-        share = share / _divisor(counts, owner)
-    return share.to(grad.dtype)
+        return weight / rows_of(total, owner)
+    is_center = torch.zeros_like(owned)
+    if center is not None:
+        is_center = owned & (rows_of(center, owner) == torch.arange(owner.shape[1], device=owner.device))
+    if reduce == "prune":
+        return is_center.to(total.dtype)
+    counts = total.new_zeros(total.shape).scatter_add(1, owner.where(owned, 0), owned.to(total.dtype))
+    sources = rows_of(counts, owner) - 1
+    some = sources.clamp_min(1)
+    if reduce == "mean":
+        shares = 1 / (sources + 1)
+    elif reduce == "target_plus_mean":
+        shares = ones.where(is_center, 1 / some)
+    elif reduce == "beta":
+        shares = (beta * ones).where(is_center, (1 - beta) / some)
+    elif reduce == "pivot":
+        shares = (sources + 2).where(is_center, 1) / (2 * (sources + 1))
+    elif reduce == "similarity_weighted":
+        shares = ones.where(is_center, weight) / (sources + 1)
+    else:
+        shares = torch.exp2(_before(owner.where(owned & ~is_center, -1)).where(~is_center, 0) - sources)
+    return shares.where(sources > 0, 1)  # a row of one token is that token
 
 
-def _divisor(total: Tensor, owner: Tensor) -> Tensor:
-    return rows_of(total, owner).where(_owned(owner, total.shape[1]), 1)[..., None]
+def _before(owner: Tensor) -> Tensor:
+    """How many tokens of the same row stand before each one."""
+    rows, order = owner.sort(dim=1, stable=True)
+    position = torch.arange(owner.shape[1], device=owner.device)
+    return torch.empty_like(owner).scatter(1, order, position - torch.searchsorted(rows, rows))
 
 
 def _max_gradient(grad: Tensor, owner: Tensor, values: Tensor, merged: Tensor) -> Tensor:
@@ -277,18 +396,19 @@ def _max_gradient(grad: Tensor, owner: Tensor, values: Tensor, merged: Tensor) -
 
 class _MergeApply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, owner, out_len, weight, reduce):
-        merged, total = below(torch.ops.vtk.merge_apply.default, values, owner, out_len, weight=weight, reduce=reduce)
+    def forward(ctx, values, owner, out_len, weight, reduce, center, beta):
+        options = {"weight": weight, "reduce": reduce, "center": center, "beta": beta}
+        merged, total = below(torch.ops.vtk.merge_apply.default, values, owner, out_len, **options)
         extremes = (values, merged) if reduce == "max" else (None, None)
-        ctx.reduce = reduce
-        ctx.save_for_backward(owner, weight, total, *extremes)
+        ctx.reduce, ctx.beta = reduce, beta
+        ctx.save_for_backward(owner, weight, total, center, *extremes)
         ctx.mark_non_differentiable(total)
         return merged, total
 
     @staticmethod
     def backward(ctx, grad, _):
-        owner, weight, total, values, merged = ctx.saved_tensors
-        return merge_gradient(grad, owner, weight, total, ctx.reduce, values, merged), None, None, None, None
+        owner, weight, total, center, *extremes = ctx.saved_tensors
+        return merge_gradient(grad, owner, weight, total, ctx.reduce, extremes, center, ctx.beta), *[None] * 6
 
 
 class _BipartiteMerge(torch.autograd.Function):
@@ -304,7 +424,7 @@ class _BipartiteMerge(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         owner, size, total = ctx.saved_tensors
-        return merge_gradient(grad, owner, size, total, "weighted_mean", None, None), *[None] * 5
+        return merge_gradient(grad, owner, size, total, "weighted_mean"), *[None] * 5
 
 
 class _Unmerge(torch.autograd.Function):
@@ -321,10 +441,11 @@ class _Unmerge(torch.autograd.Function):
         return torch.ops.vtk.merge_apply.default(grad.contiguous(), owner, ctx.rows, reduce="sum")[0], None
 
 
-def _merge_apply_autograd(values, owner, out_len, *, weight=None, reduce="weighted_mean"):
+def _merge_apply_autograd(values, owner, out_len, *, weight=None, reduce="weighted_mean", center=None, beta=0.6):
     if needs_grad(values):
-        return _MergeApply.apply(values, owner, out_len, weight, reduce)
-    return below(torch.ops.vtk.merge_apply.default, values, owner, out_len, weight=weight, reduce=reduce)
+        return _MergeApply.apply(values, owner, out_len, weight, reduce, center, beta)
+    options = {"weight": weight, "reduce": reduce, "center": center, "beta": beta}
+    return below(torch.ops.vtk.merge_apply.default, values, owner, out_len, **options)
 
 
 def _bipartite_merge_autograd(tokens, metric, r, *, size=None, protect=None, order="position"):
@@ -341,6 +462,7 @@ def _unmerge_autograd(merged, owner):
 
 # NOTE: without this a float output of a tracked metric would claim a gradient that does not exist.
 _library.impl("bipartite_match", torch.library.fallthrough_kernel, "Autograd")
+_library.impl("nearest_match", torch.library.fallthrough_kernel, "Autograd")
 _library.impl("merge_apply", _merge_apply_autograd, "Autograd")
 _library.impl("bipartite_merge", _bipartite_merge_autograd, "Autograd")
 _library.impl("unmerge", _unmerge_autograd, "Autograd")

@@ -24,8 +24,17 @@ def _nothing(random: torch.Generator, dtype: torch.dtype):
     return (tokens, tokens.clone(), 0), {}
 
 
+def _packed(random: torch.Generator, dtype: torch.dtype):
+    tokens, metric = (torch.randn(24, width, generator=random).to(dtype) for width in (12, 9))
+    cu_seqlens = torch.tensor([0, 11, 11, 12, 24], dtype=torch.int32)
+    r = torch.tensor([3, 0, 1, 9], dtype=torch.int32)
+    size = torch.randint(1, 5, (24,), generator=random).float()
+    return (tokens, metric, cu_seqlens, r), {"size": size, "order": "tome", "out_len": 24}
+
+
 CASES = [
     Case("bipartite_merge", "plain", _plain),
     Case("bipartite_merge", "size, protect, ToMe's order, strided", _protected),
     Case("bipartite_merge", "r 0", _nothing),
+    Case("bipartite_merge.varlen", "packed segments, out_len given", _packed),
 ]

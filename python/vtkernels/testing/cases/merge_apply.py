@@ -24,8 +24,18 @@ def _reduced(reduce: str):
     return make
 
 
+def _centered(reduce: str):
+    def make(random: torch.Generator, dtype: torch.dtype):
+        center = torch.tensor([[8, 2, 29], [0, 14, 17]])
+        owner = torch.randint(-1, 3, (2, 30), generator=random).scatter(1, center, torch.arange(3).expand(2, -1))
+        return (torch.randn(2, 30, 16, generator=random).to(dtype), owner, 3), {"reduce": reduce, "center": center}
+
+    return make
+
+
 CASES = [
     Case("merge_apply", "plain", _plain),
     Case("merge_apply", "weights, dropped tokens, strided", _weighted),
     *(Case("merge_apply", reduce, _reduced(reduce)) for reduce in ("mean", "sum", "max")),
+    *(Case("merge_apply", reduce, _centered(reduce)) for reduce in ("beta", "sequential_half", "prune")),
 ]
