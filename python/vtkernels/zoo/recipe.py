@@ -98,6 +98,7 @@ class Context:
         questions: one int64 [length] tensor a prompt: its ids without images, padding and special tokens.
         rows: the prompt (index into ``questions``) of each image; never descending.
         embed: the language model's embedding table: ids [*] -> [*, C].
+        project: the projector: features [images, *, C'] -> [images, *, C].
     """
 
     tokens: Tensor
@@ -109,6 +110,7 @@ class Context:
     questions: Sequence[Tensor]
     rows: Sequence[int]
     embed: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]
 
     def attention(self, layer: int, *, voters: Literal["cls", "all"], head_reduce: str = "mean") -> Tensor:
         """Attention that each token receives in one encoder layer: float32 [images, n].

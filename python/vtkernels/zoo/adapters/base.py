@@ -56,10 +56,18 @@ class LastRun:
 class Encoding:
     """One run of the vision encoder: what its hooks captured, and what the stages selected."""
 
-    def __init__(self, questions: list[Tensor], rows: list[int], embed: Callable[[Tensor], Tensor], encoder: Encoder):
+    def __init__(
+        self,
+        questions: list[Tensor],
+        rows: list[int],
+        embed: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor],
+        encoder: Encoder,
+    ):
         self.questions = questions
         self.rows = rows
         self.embed = embed
+        self.project = project
         self.encoder = encoder
         self.projections: dict[int, dict[str, Tensor]] = {}
         # Known once the features are. Tokens are [images, n, C]; with different counts packed, [1, all, C].
@@ -119,6 +127,7 @@ class Encoding:
             questions=self.questions,
             rows=self.rows,
             embed=self.embed,
+            project=self.project,
         )
         return self._follow(getattr(claim.recipe, stage)(context))
 
@@ -178,6 +187,10 @@ class Adapter(Attachment):
     @abstractmethod
     def encode(self, call: dict[str, Any]) -> Any:
         """Runs the model's own feature method with ``self.encoding`` set; returns its output."""
+
+    @abstractmethod
+    def project(self, features: Tensor) -> Tensor:
+        """The projector on its own, without the hooks of a run."""
 
     @property
     @abstractmethod
@@ -252,7 +265,7 @@ class Adapter(Attachment):
         is_image = call["input_ids"] == self.image_token_id
         rows = rows_of_images(is_image, len(call["pixel_values"]), self.encoder.num_patches)
         embed = self.model.get_input_embeddings()
-        self.encoding = Encoding(self._questions(call), rows, embed, self.encoder)
+        self.encoding = Encoding(self._questions(call), rows, embed, self.project, self.encoder)
         try:
             self.encoding.output = self.encode(call)
             self.served = self.encoding

@@ -71,6 +71,9 @@ class LlavaAdapter(Adapter):
         self.hook(projector.register_forward_pre_hook(self._before_projector))
         self.hook(projector.register_forward_hook(self._after_projector))
 
+    def project(self, features: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector.forward(features)
+
     def encode(self, call: dict[str, Any]) -> BaseModelOutputWithPooling:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             expected = getattr(self.model.config, name)

@@ -71,7 +71,10 @@ def cost_table(rows: Sequence[Row], title: str) -> Table:
 def _table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        if heading == "method":
+            table.add_column(heading, overflow="fold", max_width=16)
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     return table
