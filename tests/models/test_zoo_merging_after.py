@@ -242,8 +242,7 @@ def test_recoverable_compression_clusters(keep, kept):
     draw = torch.Generator().manual_seed(1)
     x, keys = torch.randn(2, 80, 6, generator=draw)
     attention, text = -torch.rand(2, 80, generator=draw).log() / 80
-    owner = torch.full((80,), -1)
-    rows = recoverable_compression._compress(x, attention, text, normalize(keys, dim=-1), keep, owner)
+    rows, owner = recoverable_compression._compress(x, attention, text, normalize(keys, dim=-1), keep)
     expected, expected_owner = merging_after.recoverable_compression(
         x.double(), attention.tolist(), text.tolist(), keys.double(), keep
     )

@@ -56,6 +56,30 @@ class Merged:
         return cls(tokens.flatten(0, 1), [rows] * images, owner.where(owner < 0, owner + first))
 
 
+class MergedRows:
+    """A :class:`Merged` while it grows, image after image."""
+
+    def __init__(self, tokens: Tensor):
+        """``tokens`` [images, n, C] are those that merge."""
+        images, n, _ = tokens.shape
+        self._rows: list[Tensor] = []
+        self._counts = [0] * images
+        self._owner = torch.full((images, n), -1, device=tokens.device)
+
+    def add(self, image: int, rows: Tensor, owner: Tensor) -> None:
+        """``rows`` [m, C] in the place of ``image``, no image before the last one added. ``owner`` int64 [f, n]: which
+        of them the tokens of this image and the following f - 1 went into; -1 for those that did not.
+        """
+        first = sum(self._counts)
+        self._rows.append(rows)
+        self._counts[image] += len(rows)
+        before = self._owner[image : image + len(owner)]
+        before.copy_(torch.where(owner < 0, before, owner + first))
+
+    def done(self) -> Merged:
+        return Merged(torch.cat(self._rows), self._counts, self._owner)
+
+
 class BudgetError(ValueError):
     """A budget that a method cannot meet on this encoder."""
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vtkernels import bipartite_match, merge_apply
 from vtkernels.zoo.methods.aim import merge_by_halves
-from vtkernels.zoo.recipe import Context, Merged, Recipe
+from vtkernels.zoo.recipe import Context, Merged, MergedRows, Recipe
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,17 @@ class BVLLM(Recipe):
             raise ValueError(f"bvllm: expected threshold in [0, 1], got {self.threshold}")
 
     def after_projector(self, ctx: Context) -> Merged:
-        rows: list[Tensor] = []
-        counts: list[int] = []
-        owners = []
+        built = MergedRows(ctx.tokens)
         for video in ctx.videos:
             frames = ctx.tokens[video]
             joined, frame_owner = self._join(frames)
             budget = int(max(1, ctx.keep * len(frames) / len(joined)))
             merged, owner = merge_by_halves(joined, min(frames.shape[1], budget))
-            first = sum(counts) + torch.arange(len(joined), device=owner.device).unsqueeze(1) * merged.shape[1]
-            owner = torch.cat([owner + first, torch.full_like(owner[:1], -1)])[frame_owner]
-            stays = [row not in frame_owner[:index] and row >= 0 for index, row in enumerate(frame_owner.tolist())]
-            counts += [merged.shape[1] * stay for stay in stays]
-            rows.append(merged.flatten(0, 1))
-            owners.append(owner)
-        return Merged(torch.cat(rows), counts, torch.cat(owners))
+            for row in range(len(joined)):
+                is_in = frame_owner == row
+                first = int(is_in.byte().argmax())  # the kept frame itself: it is the first of those in its row
+                built.add(video.start + first, merged[row], owner[row].where(is_in[first:].unsqueeze(1), -1))
+        return built.done()
 
     def _join(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """[F, n, C] -> [m, n, C], and the kept frame that each frame is in, int64 [F], or -1."""

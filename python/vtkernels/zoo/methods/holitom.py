@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vtkernels import cluster_dpc_knn, merge_apply, nearest_match, prune_gather, temporal_segments
-from vtkernels.zoo.recipe import Context, Encoder, Merged, Recipe
+from vtkernels.zoo.recipe import Context, Encoder, Merged, MergedRows, Recipe
 
 _NEIGHBOURS = 7  # of the density
 
@@ -69,12 +69,12 @@ class HoliTom(Recipe):
     def after_projector(self, ctx: Context) -> Merged:
         (layer,) = self.attention_layers(ctx.encoder)
         scores = ctx.attention(layer, voters="all")
-        built = _Rows(ctx.tokens)
+        built = MergedRows(ctx.tokens)
         for video in ctx.videos:
             self._video(built, ctx.tokens, scores, video, ctx.keep)
-        return built.merged()
+        return built.done()
 
-    def _video(self, built: _Rows, tokens: Tensor, scores: Tensor, video: slice, keep: int) -> None:
+    def _video(self, built: MergedRows, tokens: Tensor, scores: Tensor, video: slice, keep: int) -> None:
         features = tokens[video].detach().float()
         frames, n = features.shape[:2]
         alike = cosine_similarity(features[:-1], features[1:], dim=-1)
@@ -86,7 +86,7 @@ class HoliTom(Recipe):
             start += length
 
     def _segment(
-        self, built: _Rows, tokens: Tensor, scores: Tensor, start: int, end: int, static: Tensor, share: float
+        self, built: MergedRows, tokens: Tensor, scores: Tensor, start: int, end: int, static: Tensor, share: float
     ) -> None:
         frames, n = tokens[start:end], tokens.shape[1]
         num_static = int(static.sum())
@@ -101,10 +101,10 @@ class HoliTom(Recipe):
         context, owner = self._clusters(frames, moving & ~is_kept, total - dominant)
         owner = torch.where(is_kept, is_kept.cumsum(1) - 1, owner.where(owner < 0, owner + dominant))
 
-        built.add(start, still[0], still_owner.expand(end - start, n), end)
+        built.add(start, still[0], still_owner.expand(end - start, n))
         for frame in range(start, end):
             index = frame - start
-            built.add(frame, torch.cat([kept[index], context[index]]), owner[index : index + 1], frame + 1)
+            built.add(frame, torch.cat([kept[index], context[index]]), owner[index : index + 1])
 
     def _clusters(self, tokens: Tensor, valid: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         """Cluster centres [B, clusters, C] of the valid tokens, and the centre of each token, int64 [B, S], or -1."""
@@ -114,27 +114,6 @@ class HoliTom(Recipe):
         if self.beta is None:
             return merge_apply(tokens, owner, clusters, reduce="mean")[0], owner
         return merge_apply(tokens, owner, clusters, reduce="beta", center=centers, beta=self.beta)[0], owner
-
-
-class _Rows:
-    """The result while it grows, image after image."""
-
-    def __init__(self, tokens: Tensor):
-        images, n, _ = tokens.shape
-        self.rows: list[Tensor] = []
-        self.counts = [0] * images
-        self.owner = torch.full((images, n), -1, device=tokens.device)
-
-    def add(self, image: int, rows: Tensor, owner: Tensor, end: int) -> None:
-        """Rows in the place of ``image``, which hold patches of the images up to ``end`` (``owner``: which, or -1)."""
-        first = sum(self.counts)
-        self.rows.append(rows)
-        self.counts[image] += len(rows)
-        part = self.owner[image:end]
-        part.copy_(torch.where(owner >= 0, owner + first, part))
-
-    def merged(self) -> Merged:
-        return Merged(torch.cat(self.rows), self.counts, self.owner)
 
 
 def fold_dropped(hidden: Tensor, kept: Tensor) -> Tensor:

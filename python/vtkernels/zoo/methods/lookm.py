@@ -46,14 +46,18 @@ def merge_evicted(
     batch, heads, _, _ = key.shape
     centers = kept.flatten(0, 1)
     owner, similarity = nearest_match(key.detach().flatten(0, 1), centers)
-    options = {"reduce": _REDUCE[mode]} | ({} if mode == "averaged" else {"center": centers})
-    if mode == "weighted":
-        options["weight"] = similarity
-        if selective:
-            owner = _similar_enough(owner, similarity, centers, heads)
-    merged = (merge_apply(part.flatten(0, 1), owner, kept.shape[2], **options)[0] for part in (key, value))
-    keys, values = (part.unflatten(0, (batch, heads)) for part in merged)
-    return keys, values
+    if mode == "weighted" and selective:
+        owner = _similar_enough(owner, similarity, centers, heads)
+    weight = similarity if mode == "weighted" else None
+    center = None if mode == "averaged" else centers
+
+    def merged(part: Tensor) -> Tensor:
+        rows, _ = merge_apply(
+            part.flatten(0, 1), owner, kept.shape[2], weight=weight, reduce=_REDUCE[mode], center=center
+        )
+        return rows.unflatten(0, (batch, heads))
+
+    return merged(key), merged(value)
 
 
 def _similar_enough(owner: Tensor, similarity: Tensor, centers: Tensor, heads: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from vtkernels import attention_scores
-from vtkernels.zoo.recipe import Context, Encoder, Merged, Recipe
+from vtkernels.zoo.recipe import Context, Encoder, Merged, MergedRows, Recipe
 
 _NEIGHBOURS = 32  # that a cluster's centre takes in
 _TEXT_WEIGHT = 50
@@ -73,16 +73,11 @@ class RecoverableCompression(Recipe):
         attention = attention_scores(query[:, None, :1], key[:, None])[:, 1:]
         text = (_question_similarity if self.text is None else self.text)(ctx).detach().float()
         keys = normalize(key[:, 1:].float(), dim=-1)
-        rows: list[Tensor] = []
-        counts, owner = [], torch.full(ctx.tokens.shape[:2], -1, device=ctx.tokens.device)
-        for image in range(ctx.tokens.shape[0]):
-            compressed = _compress(
-                ctx.tokens[image], attention[image], text[image], keys[image], ctx.keep, owner[image]
-            )
-            owner[image] += sum(counts) * (owner[image] >= 0)
-            counts.append(len(compressed))
-            rows.append(compressed)
-        return Merged(torch.cat(rows), counts, owner)
+        built = MergedRows(ctx.tokens)
+        for image, x in enumerate(ctx.tokens):
+            rows, owner = _compress(x, attention[image], text[image], keys[image], ctx.keep)
+            built.add(image, rows, owner.unsqueeze(0))
+        return built.done()
 
 
 def outlier_share(values: Tensor, k: int) -> float:
@@ -106,9 +101,10 @@ def _question_similarity(ctx: Context) -> Tensor:
     return cosine_similarity(patches, words[list(ctx.rows)].unsqueeze(1), dim=-1) * patches.shape[-1] ** -0.5
 
 
-def _compress(x: Tensor, attention: Tensor, text: Tensor, keys: Tensor, keep: int, owner: Tensor) -> Tensor:
-    """[n, C] -> [kept, C] of one image; writes the row of each token into ``owner`` int64 [n]."""
+def _compress(x: Tensor, attention: Tensor, text: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """[n, C] -> [kept, C] of one image, and the row of each token, int64 [n]."""
     n = len(x)
+    owner = torch.full((n,), -1, device=x.device)
     seen = _best(attention, min(keep, max(1, int(n * outlier_share(attention, 20)))))
     text_left = text.index_fill(0, seen, float(text.min()))
     wanted = int((n - len(seen)) * outlier_share(text_left, 20))
@@ -120,16 +116,16 @@ def _compress(x: Tensor, attention: Tensor, text: Tensor, keys: Tensor, keep: in
     wanted = int(len(main) * outlier_share(attention[others], 10))
     picked = _best(attention[others], min(wanted, keep - len(main) - 1, len(others)))
     if len(picked) == 0:
-        return x[main]
+        return x[main], owner
     centers = others[picked]
     closeness = keys[centers] @ keys[others].T + _TEXT_WEIGHT * text[others]
-    closeness[torch.arange(len(picked)), picked] = -torch.inf
+    closeness[torch.arange(len(picked), device=x.device), picked] = -torch.inf
     near = others[closeness.argsort(dim=1, descending=True, stable=True)[:, : min(_NEIGHBOURS, len(others) - 1)]]
     owner[others] = len(main) + len(centers)
     owner[centers] = len(main) + torch.arange(len(centers), device=x.device)
     weighted = attention.unsqueeze(1) * x
     residual = weighted[owner == len(main) + len(centers)].sum(0, keepdim=True)
-    return torch.cat([x[main], (x[centers] + weighted[near].sum(1)).to(x.dtype), residual.to(x.dtype)])
+    return torch.cat([x[main], (x[centers] + weighted[near].sum(1)).to(x.dtype), residual.to(x.dtype)]), owner
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -65,7 +65,7 @@ def _gaussian(frames: Tensor) -> Tensor:
     tokens = normalize(frames.gather(2, steady.expand(-1, frames.shape[1], -1)), dim=-1)
     anchors = torch.stack([tokens.mean(1, keepdim=True), normalize(history, dim=-1)])
     distance = (tokens - anchors).square().sum(-1)
-    return -sum(torch.exp(-distance / (2 * a)) for a in _BANDWIDTHS).sum(0)
+    return -torch.stack([torch.exp(-distance / (2 * a)) for a in _BANDWIDTHS]).sum((0, 1))
 
 
 def _dual_anchor(frames: Tensor) -> Tensor:
