@@ -102,17 +102,16 @@ def methods() -> None:
     from vtkernels import zoo
 
     table = Table()
-    for heading in ("name", "method", "stages", "needs [CLS]", "reads question", "video", "options", "facts"):
+    for heading in ("name", "method", "stages", "needs", "options", "facts"):
         table.add_column(heading, overflow="fold")
     for entry in zoo.methods():
         options = ", ".join(f"{name}={value!r}" for name, value in entry.options.items())
+        needs = {"[CLS]": entry.needs_cls, "question": entry.reads_question, "video": entry.video}
         table.add_row(
             entry.name,
             f"{entry.title}\n[dim]{entry.reference}[/]",
             ", ".join(entry.stages),
-            "yes" if entry.needs_cls else "",
-            "yes" if entry.reads_question else "",
-            "yes" if entry.video else "",
+            ", ".join(need for need, is_needed in needs.items() if is_needed),
             options,
             entry.status,
         )
