@@ -57,12 +57,13 @@ class VisionDrop(Recipe):
         scores = ctx.attention(layer, voters="cls", head_reduce="sum")
         kept, indices = prune_gather(ctx.tokens, scores, dominant)
         is_dominant = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
+        row = is_dominant.cumsum(1) - 1
+        if contextual == 0:
+            return Merged.even(kept, row.where(is_dominant, -1))
         others = is_dominant.byte().argsort(dim=1, stable=True)[:, : n - dominant]
-        step = max(1, (n - dominant) // max(1, contextual))
-        centers = others[:, ::step][:, :contextual]
+        centers = others[:, :: max(1, (n - dominant) // contextual)][:, :contextual]
 
         keys = ctx.projections[layer][1][:, :, 1:].mean(1)
         owner, _ = nearest_match(keys, centers, valid=~is_dominant)
         merged, _ = merge_apply(ctx.tokens, owner, contextual, reduce="target_plus_mean", center=centers)
-        owner = torch.where(is_dominant, is_dominant.cumsum(1) - 1, owner.where(owner < 0, owner + dominant))
-        return Merged.even(torch.cat([kept, merged], dim=1), owner)
+        return Merged.even(torch.cat([kept, merged], dim=1), row.where(is_dominant, owner + dominant))
