@@ -37,10 +37,12 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/vtk env
 	touch $@
 
+# NOTE: timm requires torchvision, which the tests do without: PyPI's is for CUDA and does not load beside a CPU torch.
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps timm==1.0.20
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
-"""attention_scores against the attention matrix: torch eager, torch.compile."""
+"""The scores against the matrix that they are reductions of: torch eager, torch.compile."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from bench.harness import Case, compiled
 
-OPS = ["attention_scores"]
+OPS = ["attention_scores", "energy_scores"]
 
 
 def eager_scores(query: Tensor, key: Tensor) -> Tensor:
@@ -47,6 +48,38 @@ def scores_case(
     )
 
 
+def eager_energy(metric: Tensor, margin: float = 0.9, kind: str = "elu", alpha: float = 1.0) -> Tensor:
+    """As PiToMe ships it: all cosines, then the mean of a function of them."""
+    unit = torch.nn.functional.normalize(metric, dim=-1)
+    cosine = unit @ unit.transpose(-1, -2)
+    if kind == "elu":
+        return torch.nn.functional.elu(cosine - margin, alpha=alpha).mean(-1)
+    sigma = 1 - margin
+    return (-0.5 * ((1 - cosine) / sigma) ** 2).exp().mean(-1) / (sigma * (2 * math.pi) ** 0.5)
+
+
+def energy_case(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Case:
+    batch, count, channels = shape
+    random = torch.Generator(device).manual_seed(0)
+    metric = torch.randn(shape, generator=random, device=device).to(dtype)
+
+    def check(ours: object, peer: object) -> None:
+        assert isinstance(ours, Tensor) and isinstance(peer, Tensor)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(ours, peer.float(), rtol=tolerance, atol=tolerance)
+
+    return Case(
+        "energy_scores",
+        f"{list(shape)} {str(dtype).removeprefix('torch.')}",
+        lambda: torch.ops.vtk.energy_scores.default(metric),
+        {"eager": lambda: lambda: eager_energy(metric), "inductor": compiled(eager_energy, metric)},
+        check,
+        bytes=metric.nbytes + 4 * batch * count,
+        flops=batch * count * count * channels,
+        target={"eager": 2.0, "inductor": 2.0},
+    )
+
+
 def cases(device: torch.device) -> Iterator[Case]:
     goal = {"eager": 2.0, "inductor": 1.5}
     for dtype in (torch.float32, torch.bfloat16):
@@ -56,3 +89,6 @@ def cases(device: torch.device) -> Iterator[Case]:
         # CLIP-L: the [CLS] row of five crops, and all rows.
         yield scores_case((5, 16, 1, 577, 64), dtype, device, goal, views=True)
         yield scores_case((8, 16, 577, 577, 64), dtype, device, {"eager": 3.0, "inductor": 1.5}, views=True)
+    for shape in ((8, 576, 64), (1, 2304, 1024)):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield energy_case(shape, dtype, device)

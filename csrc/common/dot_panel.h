@@ -1,10 +1,10 @@
-// Dot products of rows against a packed panel of float columns.
+// Dot products, or squared distances, of rows against a packed panel of float columns.
 //
 // A panel holds groups of kPanelWidth columns, interleaved lane vector by lane vector and zero-padded, so that a
 // group is one sequential stream. NOTE: unpacked columns with a stride of 4 KiB or more share the sets of the
 // first-level cache and halve the speed.
 //
-// Every dot product has one summation order, whatever block it is computed in: the channels are cut into chunks
+// Every result has one summation order, whatever block it is computed in: the channels are cut into chunks
 // of kDotChunk, a chunk is summed lane by lane in ascending order, the chunks are added in ascending order, and
 // the lanes in the tree of sum(). So a result does not depend on which other rows or columns shared the pass.
 // Include only from *_cpu.cpp files.
@@ -20,6 +20,14 @@ namespace VTK_ISA {
 inline constexpr int64_t kDotChunk = 256;
 inline constexpr int kPanelWidth = 4;
 inline constexpr int kMaxPanelRows = 3;  // 3 x 4 accumulators and the operands fit 16 registers
+
+// What a channel adds.
+struct Product {
+  static f32v of(f32v x, f32v y) { return x * y; }
+};
+struct SquaredDifference {
+  static f32v of(f32v x, f32v y) { return (x - y) * (x - y); }
+};
 
 // Floats of one group.
 static inline int64_t panel_group_size(int64_t channels) {
@@ -43,7 +51,7 @@ static inline void pack_column(const T* column, int64_t channels, int c, float* 
 }
 
 // total[r * kPanelWidth + c] += the chunk [begin, end) of rows[r] . column c.
-template <int kRows, class T>
+template <class Term, int kRows, class T>
 static inline void add_chunk(const T* const* rows, const float* group, int64_t begin, int64_t end, f32v* total) {
   f32v acc[kRows][kPanelWidth] = {};
   int64_t i = begin;
@@ -55,7 +63,7 @@ static inline void add_chunk(const T* const* rows, const float* group, int64_t b
     for (int c = 0; c < kPanelWidth; ++c) {
       const f32v column = load(group + i * kPanelWidth + c * kLanes);
 #pragma GCC unroll 3
-      for (int r = 0; r < kRows; ++r) acc[r][c] += row[r] * column;
+      for (int r = 0; r < kRows; ++r) acc[r][c] += Term::of(row[r], column);
     }
   }
   if (i < end) {
@@ -63,7 +71,7 @@ static inline void add_chunk(const T* const* rows, const float* group, int64_t b
     for (int r = 0; r < kRows; ++r) {
       const f32v row = load_tail(rows[r] + i, end - i);
 #pragma GCC unroll 4
-      for (int c = 0; c < kPanelWidth; ++c) acc[r][c] += row * load(group + i * kPanelWidth + c * kLanes);
+      for (int c = 0; c < kPanelWidth; ++c) acc[r][c] += Term::of(row, load(group + i * kPanelWidth + c * kLanes));
     }
   }
 #pragma GCC unroll 3
@@ -73,7 +81,7 @@ static inline void add_chunk(const T* const* rows, const float* group, int64_t b
 }
 
 // out[(r * groups + g) * kPanelWidth + c] = rows[r] . column c of group g, groups <= kMaxGroups.
-template <int kRows, int kMaxGroups, class T>
+template <class Term, int kRows, int kMaxGroups, class T>
 static inline void dot_panel(const T* const* rows, const float* panel, int groups, int64_t channels, float* out) {
   constexpr int kTile = kRows * kPanelWidth;
   f32v total[kMaxGroups * kTile];
@@ -93,14 +101,14 @@ static inline void dot_panel(const T* const* rows, const float* panel, int group
       }
       const int64_t padded = (end - begin + kLanes - 1) / kLanes * kLanes;
       for (int g = 0; g < groups; ++g)
-        add_chunk<kRows>(wide_rows, panel + g * panel_group_size(channels) + begin * kPanelWidth, 0, padded,
-                         total + g * kTile);
+        add_chunk<Term, kRows>(wide_rows, panel + g * panel_group_size(channels) + begin * kPanelWidth, 0, padded,
+                               total + g * kTile);
     } else {
       const T* chunk_rows[kRows];
       for (int r = 0; r < kRows; ++r) chunk_rows[r] = rows[r] + begin;
       for (int g = 0; g < groups; ++g)
-        add_chunk<kRows>(chunk_rows, panel + g * panel_group_size(channels) + begin * kPanelWidth, 0, end - begin,
-                         total + g * kTile);
+        add_chunk<Term, kRows>(chunk_rows, panel + g * panel_group_size(channels) + begin * kPanelWidth, 0, end - begin,
+                               total + g * kTile);
     }
   }
   for (int g = 0; g < groups; ++g)
@@ -110,7 +118,7 @@ static inline void dot_panel(const T* const* rows, const float* panel, int group
 }
 
 // The same for any number of rows: use(row, dots) gets the groups * kPanelWidth dots of each row in turn.
-template <int kMaxGroups, class RowAt, class Use>
+template <int kMaxGroups, class Term = Product, class RowAt, class Use>
 static inline void dot_rows(const RowAt& row_at, int64_t begin, int64_t end, const float* panel, int groups,
                             int64_t channels, const Use& use) {
   using T = std::remove_cv_t<std::remove_pointer_t<decltype(row_at(int64_t{}))>>;
@@ -120,9 +128,9 @@ static inline void dot_rows(const RowAt& row_at, int64_t begin, int64_t end, con
     const int count = static_cast<int>(std::min<int64_t>(kMaxPanelRows, end - i));
     for (int r = 0; r < count; ++r) rows[r] = row_at(i + r);
     switch (count) {
-      case 1: dot_panel<1, kMaxGroups>(rows, panel, groups, channels, dots); break;
-      case 2: dot_panel<2, kMaxGroups>(rows, panel, groups, channels, dots); break;
-      default: dot_panel<3, kMaxGroups>(rows, panel, groups, channels, dots); break;
+      case 1: dot_panel<Term, 1, kMaxGroups>(rows, panel, groups, channels, dots); break;
+      case 2: dot_panel<Term, 2, kMaxGroups>(rows, panel, groups, channels, dots); break;
+      default: dot_panel<Term, 3, kMaxGroups>(rows, panel, groups, channels, dots); break;
     }
     const int width = groups * kPanelWidth;
     for (int r = 0; r < count; ++r) use(i + r, dots + r * width);

@@ -116,12 +116,12 @@ __device__ void load_tile(unsigned char* tile, const Rows& rows, int32_t first, 
 }
 
 // value[i][j] of every pair of tiles: calls begin(tile, buffer) when a streamed tile starts to load, and
-// reduce(tile, buffer, products) when its products are complete. `first` and `count` are streamed tiles.
-template <class T, class Stationary, class Streamed, class Begin, class Reduce>
+// reduce(tile, buffer, products) when its products are complete. `first` and `count` are streamed tiles. Another Tile
+// than the product's brings another multiply.
+template <class T, class Tile = typename TileOf<T>::Type, class Stationary, class Streamed, class Begin, class Reduce>
 __device__ void stream_tiles(unsigned char* shared, const Stationary& stationary, int32_t stationary_first,
                              const Streamed& streamed, int32_t first, int32_t count, int32_t channels,
                              const Begin& begin, const Reduce& reduce) {
-  using Tile = typename TileOf<T>::Type;
   constexpr int32_t kChunk = kTileRowBytes / sizeof(T);
   const int32_t chunks = (channels + kChunk - 1) / kChunk, steps = count * chunks;
   auto sStationary = [&](int32_t step) { return shared + (chunks == 1 ? 0 : step % 2) * kTileBytes; };

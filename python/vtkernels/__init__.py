@@ -6,9 +6,10 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
+from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
 from vtkernels.ops.merge_forms import bipartite_match_varlen, bipartite_merge_varlen, merge_apply_tensors
-from vtkernels.ops.score import attention_scores
+from vtkernels.ops.score import attention_scores, energy_scores
 from vtkernels.ops.select import (
     prune_gather,
     prune_gather_attention,
@@ -25,6 +26,9 @@ __all__ = [
     "bipartite_match_varlen",
     "bipartite_merge",
     "bipartite_merge_varlen",
+    "cluster_dpc_knn",
+    "cluster_kmedoids",
+    "energy_scores",
     "merge_apply",
     "merge_apply_tensors",
     "nearest_match",
@@ -34,5 +38,6 @@ __all__ = [
     "prune_gather_varlen",
     "select_cover",
     "select_diverse",
+    "temporal_segments",
     "unmerge",
 ]

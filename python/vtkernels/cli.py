@@ -77,7 +77,8 @@ def evaluate(
     from vtkernels.zoo.embedded import evaluate as evaluation
 
     try:
-        names = [m.name for m in zoo.methods()] if methods == "all" else methods.split(",")
+        everyone = [method.name for method in zoo.methods() if video or not method.video]
+        names = everyone if methods == "all" else methods.split(",")
         evaluation.main(
             console,
             folder=model,
@@ -96,21 +97,21 @@ def evaluate(
 
 @app.command()
 def methods() -> None:
-    """Lists the pruning methods of the zoo."""
+    """Lists the methods of the zoo."""
     _need("transformers")
     from vtkernels import zoo
 
     table = Table()
-    for heading in ("name", "method", "stages", "needs [CLS]", "reads question", "options", "facts"):
+    for heading in ("name", "method", "stages", "needs", "options", "facts"):
         table.add_column(heading, overflow="fold")
     for entry in zoo.methods():
         options = ", ".join(f"{name}={value!r}" for name, value in entry.options.items())
+        needs = {"[CLS]": entry.needs_cls, "question": entry.reads_question, "video": entry.video}
         table.add_row(
             entry.name,
             f"{entry.title}\n[dim]{entry.reference}[/]",
             ", ".join(entry.stages),
-            "yes" if entry.needs_cls else "",
-            "yes" if entry.reads_question else "",
+            ", ".join(need for need, is_needed in needs.items() if is_needed),
             options,
             entry.status,
         )

@@ -89,7 +89,7 @@ def main(console: Console, subject: Subject, methods: list[str], keep: int, roun
         attach[name] = functools.partial(zoo.apply, subject.model, name, keep)
     results: dict[str, Measured] = {}
     answers: dict[str, list[str]] = {}
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}  # bool [images, patches]
     grid = (0, 0)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=(rounds + 1) * len(attach))
@@ -105,7 +105,7 @@ def main(console: Console, subject: Subject, methods: list[str], keep: int, roun
                     else:
                         results[name].costs.append(cost)
                     if handle is not None:
-                        kept[name], grid = handle.last.indices.cpu(), handle.last.grid
+                        kept[name], grid = handle.last.owner.cpu() >= 0, handle.last.grid
                         results[name].tokens = handle.last.tokens_after[0]
                 progress.advance(task)
 
@@ -278,12 +278,10 @@ def draw(pictures: list[Image.Image], kept: dict[str, Tensor], grid: tuple[int, 
     for index, picture in enumerate(pictures):
         view = np.asarray(picture.resize((width * cell, height * cell), Image.Resampling.BICUBIC)) / 255
         axes[0, index].imshow(view)
-        for axis, indices in zip(axes[1:, index], kept.values(), strict=True):
-            mask = np.zeros(height * width)
-            mask[indices[index].numpy()] = 1
-            mask = mask.reshape(height, width).repeat(cell, 0).repeat(cell, 1)[..., None]
+        for axis, patches in zip(axes[1:, index], kept.values(), strict=True):
+            mask = patches[index].numpy().reshape(height, width).repeat(cell, 0).repeat(cell, 1)[..., None]
             axis.imshow(view * (0.22 + 0.78 * mask))
-    titles = [f"all {height * width} tokens", *(f"{name}: {i.shape[1]} kept" for name, i in kept.items())]
+    titles = [f"all {height * width} tokens", *(f"{name}: {int(i[0].sum())} kept" for name, i in kept.items())]
     for axis, title in zip(axes[:, 0], titles, strict=True):
         axis.set_title(title)
     for axis in axes.flat:

@@ -21,12 +21,21 @@ HOT = Allowed()
 
 KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/merge/bipartite_match.cu": {"bipartite_match_kernel": HOT},
+    "csrc/merge/cluster_dpc_knn.cu": {
+        "prepare_kernel": HOT,
+        "density_kernel": HOT,
+        "delta_kernel": HOT,
+        "choose_kernel": HOT,
+        "assign_kernel": HOT,
+    },
+    "csrc/merge/cluster_kmedoids.cu": {"cluster_kmedoids_kernel": HOT},
     "csrc/merge/merge_apply.cu": {"merge_apply_kernel": HOT},
     "csrc/merge/nearest_match.cu": {
         "nearest_prepare_kernel": HOT,
         "nearest_match_kernel": HOT,
         "nearest_finish_kernel": HOT,
     },
+    "csrc/merge/temporal_segments.cu": {"temporal_segments_kernel": HOT},
     "csrc/merge/unmerge.cu": {"unmerge_kernel": HOT},
     "csrc/score/attention_scores.cu": {
         "few_logits_kernel": HOT,
@@ -35,6 +44,7 @@ KERNELS: dict[str, dict[str, Allowed]] = {
         "scores_kernel": HOT,
         "finish_kernel": HOT,
     },
+    "csrc/score/energy_scores.cu": {"prepare_kernel": HOT, "energy_kernel": HOT, "finish_kernel": HOT},
     "csrc/select/prune_gather.cu": {"prune_gather_kernel": HOT},
     "csrc/select/select_cover.cu": {"select_cover_kernel": HOT},
     "csrc/select/select_diverse.cu": {"select_diverse_kernel": HOT},

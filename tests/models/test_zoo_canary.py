@@ -74,3 +74,22 @@ def test_the_projector_gets_the_patches_of_the_selected_layer_once():
     watch.remove()
     output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     assert torch.equal(output, hidden[-2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_layer_is_its_two_halves(tower):
+    """Merging runs them apart, with an additive mask."""
+    model = tiny.llava(tower=tower).model.vision_tower
+    layer, x = model.encoder.layers[0], torch.randn(2, 5, 32)
+    assert layer.gradient_checkpointing is False
+    assert layer.self_attn.config._attn_implementation == "sdpa"
+    attended = x + layer.self_attn(layer.layer_norm1(x), attention_mask=None)[0]
+    assert torch.equal(layer(x, None), attended + layer.mlp(layer.layer_norm2(attended)))
+    mask = torch.tensor([0.0, 0.0, -torch.inf, 0.0, -torch.inf]).expand(2, 1, 1, 5)
+    biased = layer.self_attn(x, attention_mask=mask)[0]
+    torch.testing.assert_close(biased[:, :1], layer.self_attn(x[:, [0, 1, 3]], attention_mask=None)[0][:, :1])
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(torch.randn(1, 3, 56, 56))
+    assert seen[0][0].shape[-1] == 32 and seen[0][1] is None

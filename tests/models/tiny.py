@@ -92,3 +92,9 @@ def row(batch: dict[str, torch.Tensor], rows: list[tuple[int, int]], index: int)
     if rows[index][0]:
         alone["pixel_values"] = batch["pixel_values"][first : first + rows[index][0]]
     return alone
+
+
+def new_tokens(model, batch: dict[str, torch.Tensor], count: int = 4) -> torch.Tensor:
+    """What the model answers greedily: [B, count]."""
+    out = model.generate(**batch, max_new_tokens=count, do_sample=False)
+    return out[:, batch["input_ids"].shape[1] :]

@@ -3,10 +3,11 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import merge, merge_forms, score, select
+from vtkernels.ops import cluster, merge, merge_forms, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
+    "energy_scores": score.energy_scores,
     "prune_gather": select.prune_gather,
     "prune_gather.attention": select.prune_gather_attention,
     "prune_gather.varlen": select.prune_gather_varlen,
@@ -21,4 +22,7 @@ PUBLIC = {
     "unmerge": merge.unmerge,
     "bipartite_merge": merge.bipartite_merge,
     "bipartite_merge.varlen": merge_forms.bipartite_merge_varlen,
+    "temporal_segments": cluster.temporal_segments,
+    "cluster_dpc_knn": cluster.cluster_dpc_knn,
+    "cluster_kmedoids": cluster.cluster_kmedoids,
 }

@@ -72,6 +72,53 @@ def attention_scores(
     )
 
 
+def energy_scores(
+    metric: Tensor,
+    *,
+    margin: float = 0.9,
+    kind: str = "elu",
+    alpha: float = 1.0,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """How much each token has in common with all tokens of its row: high in a crowd, low for a token of its own.
+
+    ``energy[b, i] = mean_j f(cos(metric[b, i], metric[b, j]))`` over all tokens, ``i`` included, with
+
+    - ``"elu"``: ``f(s) = s - margin`` where that is positive, else ``alpha * (exp(s - margin) - 1)``;
+    - ``"gaussian"``: ``f(s) = exp(-((1 - s) / sigma)^2 / 2) / (sigma * sqrt(2 pi))``, ``sigma = 1 - margin``.
+
+    Arithmetic is float32 whatever the inputs are, and no ``N x N`` matrix is stored. The result carries no gradient.
+
+    Args:
+        metric: float32, float16 or bfloat16 ``[B, N, C]``, C >= 1; any batch and token strides, contiguous last
+            dimension.
+        margin: the cosine from which on a token counts as similar.
+        kind: ``"elu"`` (images) or ``"gaussian"`` (text), which needs ``margin < 1``.
+        alpha: of the ELU: how far a dissimilar token lowers the energy.
+        valid: bool ``[B, N]``; False tokens count for nobody. Default: all count.
+
+    Returns:
+        float32 ``[B, N]``; -inf where ``valid`` is False. A token whose norm is below 1.1e-19 counts as a zero vector
+        and has cosine 0 with every token, itself included. A token with a NaN, an infinity or an infinite norm has
+        energy NaN and counts for nobody else.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
+
+    Extra memory: on the CPU about ``4 * N * (C + 16)`` bytes for each batch row in work, on CUDA ``4 * N`` for each row
+    and as much for each block that shares it (at most 512 share all rows).
+
+    Example:
+        >>> angles = torch.deg2rad(torch.tensor([0.0, 10.0, 90.0, 82.0, 50.0, 200.0]))
+        >>> metric = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+        >>> energy_scores(metric)[0].argsort(descending=True).tolist()
+        [4, 3, 1, 2, 0, 5]
+
+    PiToMe (arXiv 2405.16148).
+    """
+    return torch.ops.vtk.energy_scores.default(metric, margin=margin, kind=kind, alpha=alpha, valid=valid)
+
+
 @torch.library.register_fake("vtk::attention_scores")
 def _(query, key, *, head_reduce="mean", **_options):
     batch, heads, keys = query.shape[0], query.shape[1], key.shape[2]
@@ -79,6 +126,12 @@ def _(query, key, *, head_reduce="mean", **_options):
     return query.new_empty(shape, dtype=torch.float32)
 
 
-# Not differentiable: autograd looks past the op, so its output does not require grad.
+@torch.library.register_fake("vtk::energy_scores")
+def _(metric, **_options):
+    return metric.new_empty(metric.shape[:2], dtype=torch.float32)
+
+
+# Not differentiable: autograd looks past the ops, so their outputs do not require grad.
 _library = torch.library.Library("vtk", "FRAGMENT")
 _library.impl("attention_scores", torch.library.fallthrough_kernel, "Autograd")
+_library.impl("energy_scores", torch.library.fallthrough_kernel, "Autograd")

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from vtkernels.zoo.adapters import adapter_of
-from vtkernels.zoo.adapters.base import Adapter, Claim, LastRun
+from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.recipe import Recipe
 from vtkernels.zoo.registry import make_recipe
 
@@ -14,7 +14,7 @@ from vtkernels.zoo.registry import make_recipe
 class Handle:
     """A method on a model, until :meth:`remove` or the end of a ``with`` block."""
 
-    def __init__(self, adapter: Adapter, claim: Claim):
+    def __init__(self, adapter: Attachment, claim: Claim):
         self._adapter = adapter
         self._claim = claim
         self._attached = True
@@ -29,8 +29,11 @@ class Handle:
         return self._adapter.encoder.num_patches if self._claim.keep is None else self._claim.keep
 
     @property
-    def last(self) -> LastRun | None:
-        """What the last call with images did; None before the first. It stays readable after :meth:`remove`."""
+    def last(self) -> Any:
+        """What the last call with images did: a LastRun, or a TowerRun of a vision transformer alone; None before.
+
+        It stays readable after :meth:`remove`.
+        """
         return self._adapter.last
 
     def remove(self) -> None:
@@ -51,7 +54,7 @@ class Handle:
 
 
 def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "all", **options: Any) -> Handle:
-    """Attaches a pruning method to an unmodified Hugging Face model instance.
+    """Attaches a pruning or merging method to an unmodified model instance.
 
     ``model(**inputs)`` and ``model.generate(**inputs)`` then take the processor's ordinary inputs. The tokens that the
     method drops leave the prompt, placeholder and all; the remaining positions are contiguous. ``forward`` returns the
@@ -59,11 +62,16 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
     ``generate`` returns the prompt as given, followed by the new tokens. Prompts without images pass through, and so
     do calls in which nothing is dropped.
 
+    A vision transformer alone (CLIPVisionModel, SiglipVisionModel, timm's VisionTransformer) takes the methods that
+    merge inside its layers; it then returns what it computes from fewer tokens, and ``handle.last`` is a TowerRun.
+
     Args:
-        model: a model of a supported class (LlavaForConditionalGeneration). Detach before copying or pickling it.
+        model: a model of a supported class (LlavaForConditionalGeneration or one of those above). Detach before copying
+            or pickling it.
         method: a name of :func:`vtkernels.zoo.methods`, or a recipe.
         keep: tokens to keep of each image: an int, a ratio in (0.0, 1.0] rounded to the nearest token (Python's round,
-            ties to even, at least one; the same rule for every method, so that budgets compare), or "all" or None.
+            ties to even, at least one; the same rule for every method, so that budgets compare), or "all" or None. A
+            method's own option for it (``r``, ``ratio``) stands instead.
         options: the method's options.
 
     Returns:
@@ -80,6 +88,8 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
         with zoo.apply(model, "fastervlm", keep=64) as handle:
             ids = model.generate(**inputs, max_new_tokens=32)
         handle.last.indices  # [images, 64]
+        with zoo.apply(timm.create_model("vit_base_patch16_224"), "tome", r=13) as handle:
+            logits = model(pictures)  # 41 of 197 tokens at the end
     """
     if isinstance(method, Recipe):
         if options:
@@ -88,7 +98,8 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
     else:
         recipe = make_recipe(method, **options)
     adapter = adapter_of(model)
-    claim = Claim(recipe, _budget(recipe.name, keep, adapter.encoder.num_patches))
+    wanted = _budget(recipe.name, keep, adapter.encoder.num_patches)
+    claim = Claim(recipe, recipe.budget(adapter.encoder, wanted))
     adapter.attach(claim)
     return Handle(adapter, claim)
 

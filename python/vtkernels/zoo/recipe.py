@@ -1,7 +1,8 @@
-"""What a pruning method is made of: the stages of a model, a recipe that claims some of them, and what a stage sees.
+"""What a method is made of: the stages of a model, a recipe that claims some, and what a stage sees and returns.
 
 A recipe is a frozen dataclass. Its fields are the method's options with their defaults; it claims a stage by
-defining the method of that name, which takes a :class:`Context` and returns the kept tokens with their indices.
+defining the method of that name, which takes a :class:`Context` and returns the kept tokens with their indices, or
+:class:`Merged` tokens.
 """
 
 from __future__ import annotations
@@ -10,17 +11,77 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vtkernels import attention_scores
 
-Stage = Literal["vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
+Stage = Literal["vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
 
-# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first two.
-STAGES: tuple[Stage, ...] = ("vision_encoder", "after_projector", "between_layers", "cache", "decoding")
+# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first three.
+STAGES: tuple[Stage, ...] = (
+    "vision_layers",
+    "vision_encoder",
+    "after_projector",
+    "between_layers",
+    "cache",
+    "decoding",
+)
 
-# Kept tokens [images, keep, C] and their indices int64 [images, keep] into ctx.tokens, ascending.
+# What pruning returns: kept tokens [images, keep, C] and their indices int64 [images, keep] into ctx.tokens, ascending.
 Kept = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging returns, and whatever keeps more of one image than of another.
+
+    Attributes:
+        tokens: [rows, C], the visual tokens image after image, each image's in the order in which the language model
+            is to see them.
+        counts: how many of them stand in the place of each image; 0 is allowed.
+        owner: int64 [images, n], the row of ``tokens`` that each of ``ctx.tokens`` went into, -1 for a dropped one. The
+            row may stand in the place of another image of the same prompt: that is how frames merge.
+    """
+
+    tokens: Tensor
+    counts: Sequence[int]
+    owner: Tensor
+
+    @classmethod
+    def even(cls, tokens: Tensor, owner: Tensor) -> Merged:
+        """``tokens`` [images, m, C] with ``owner`` int64 [images, n] into the m rows of the same image."""
+        images, rows, _ = tokens.shape
+        first = torch.arange(images, device=owner.device).unsqueeze(1) * rows
+        return cls(tokens.flatten(0, 1), [rows] * images, owner.where(owner < 0, owner + first))
+
+
+class MergedRows:
+    """A :class:`Merged` while it grows, image after image."""
+
+    def __init__(self, tokens: Tensor):
+        """``tokens`` [images, n, C] are those that merge."""
+        images, n, _ = tokens.shape
+        self._rows: list[Tensor] = []
+        self._counts = [0] * images
+        self._owner = torch.full((images, n), -1, device=tokens.device)
+
+    def add(self, image: int, rows: Tensor, owner: Tensor) -> None:
+        """``rows`` [m, C] in the place of ``image``, no image before the last one added. ``owner`` int64 [f, n]: which
+        of them the tokens of this image and the following f - 1 went into; -1 for those that did not.
+        """
+        first = sum(self._counts)
+        self._rows.append(rows)
+        self._counts[image] += len(rows)
+        before = self._owner[image : image + len(owner)]
+        before.copy_(torch.where(owner < 0, before, owner + first))
+
+    def done(self) -> Merged:
+        return Merged(torch.cat(self._rows), self._counts, self._owner)
+
+
+class BudgetError(ValueError):
+    """A budget that a method cannot meet on this encoder."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +115,14 @@ class Context:
             (``features``, ``projections``, ``tokens.detach()``) is a constant of the backward pass.
         features: [images, n, C'], the encoder's features of the same tokens (``tokens`` itself before the projector).
         positions: int64 [images, n], the patch number (raster order) of each token.
-        keep: tokens to keep of each image, ``1 <= keep < n``.
+        keep: tokens to keep of each image, ``1 <= keep < n``; their mean where a method shares them out unevenly.
         encoder: the vision encoder's facts.
         projections: layer -> (query, key), each [images, H, S, D] with S = [CLS] + patches, for the layers that the
             recipe asked for.
         questions: one int64 [length] tensor a prompt: its ids without images, padding and special tokens.
-        rows: the prompt (index into ``questions``) of each image.
+        rows: the prompt (index into ``questions``) of each image; never descending.
         embed: the language model's embedding table: ids [*] -> [*, C].
+        project: the projector: features [images, *, C'] -> [images, *, C].
     """
 
     tokens: Tensor
@@ -72,6 +134,7 @@ class Context:
     questions: Sequence[Tensor]
     rows: Sequence[int]
     embed: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]
 
     def attention(self, layer: int, *, voters: Literal["cls", "all"], head_reduce: str = "mean") -> Tensor:
         """Attention that each token receives in one encoder layer: float32 [images, n].
@@ -87,6 +150,12 @@ class Context:
         # An earlier stage may have dropped patches already.
         return patches if patches.shape[1] == self.tokens.shape[1] else patches.gather(1, self.positions)
 
+    @property
+    def videos(self) -> list[slice]:
+        """The images of each prompt that has any: a video's frames, in order."""
+        ends = [i + 1 for i, row in enumerate(self.rows) if i + 1 == len(self.rows) or self.rows[i + 1] != row]
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
     def take(self, indices: Tensor) -> Kept:
         """The tokens at ``indices`` int64 [images, keep], with the indices."""
         return self.tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, self.tokens.shape[-1])), indices
@@ -94,13 +163,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept``."""
+    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept | Merged``."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
     status: ClassVar[str]  # where the facts come from: "verified" (the authors' code) or "inferred", and what
     training_free: ClassVar[bool] = True
+    merges: ClassVar[bool] = False  # returns Merged
+    video: ClassVar[bool] = False  # made for the frames of a video, each an image of one prompt
 
     @classmethod
     def stages(cls) -> tuple[Stage, ...]:
@@ -123,8 +194,12 @@ class Recipe:
         """The encoder layers whose query and key the recipe scores with."""
         return ()
 
+    def budget(self, encoder: Encoder, keep: int | None) -> int | None:
+        """Tokens an image, or None for all, when ``keep`` was asked for: a recipe's options may say it as well."""
+        return keep
+
     def check(self, encoder: Encoder, keep: int) -> None:
-        """Raises ValueError when this encoder or budget cannot be served."""
+        """Raises ValueError when this encoder or budget cannot be served, BudgetError where another budget could."""
         return None
 
     def one_of(self, option: str, choices: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ class Method:
     needs_cls: bool
     reads_question: bool
     training_free: bool
+    merges: bool
+    video: bool
 
 
 def methods() -> tuple[Method, ...]:
@@ -29,8 +31,8 @@ def methods() -> tuple[Method, ...]:
 
     Example:
         >>> from vtkernels import zoo
-        >>> [method.name for method in zoo.methods()]
-        ['fastervlm', 'vtc_cls', 'fopru', 'hiprune', 'todre', 'mmtok', 'random', 'uniform']
+        >>> [method.name for method in zoo.methods() if "vision_layers" in method.stages]
+        ['tome', 'pitome', 'tinychart', 'auroracap', 'simvlg']
     """
     return tuple(_describe(recipe) for recipe in RECIPES)
 
@@ -64,4 +66,6 @@ def _describe(recipe: type[Recipe]) -> Method:
         needs_cls=default.needs_cls,
         reads_question=default.reads_question,
         training_free=recipe.training_free,
+        merges=recipe.merges,
+        video=recipe.video,
     )

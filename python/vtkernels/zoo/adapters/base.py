@@ -8,21 +8,20 @@ also selects; shortens the prompt; and then runs the model's own method, to whic
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from abc import ABC, abstractmethod
+import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask
 from vtkernels.zoo.adapters.prompt import Shortened, real_tokens, rows_of_images
-from vtkernels.zoo.recipe import Context, Encoder, Recipe, Stage
-
-_ABSENT = object()
+from vtkernels.zoo.recipe import Context, Encoder, Kept, Merged, Stage
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,11 @@ class LastRun:
     """What the last call with images did.
 
     Attributes:
-        indices: int64 [images, kept], the kept patch numbers of each image in raster order, ascending.
+        indices: int64 [images, kept], the kept patch numbers of each image in raster order, ascending; None where
+            tokens were merged or the images keep different numbers.
+        owner: int64 [images, patches], the visual token that each patch is in, counted within its prompt; -1 for a
+            dropped patch.
+        counts: visual tokens in the place of each image.
         rows: the prompt of each image.
         grid: the encoder's grid (height, width) that the patch numbers refer to.
         tokens_before: tokens of each prompt, padding not counted.
@@ -39,7 +42,9 @@ class LastRun:
         attention_mask: [B, L'], its mask, or None when it saw the caller's prompt without one.
     """
 
-    indices: Tensor
+    indices: Tensor | None
+    owner: Tensor
+    counts: list[int]
     rows: list[int]
     grid: tuple[int, int]
     tokens_before: list[int]
@@ -48,44 +53,56 @@ class LastRun:
     attention_mask: Tensor | None
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A recipe on a model, with its budget: tokens an image, or None for all."""
-
-    recipe: Recipe
-    keep: int | None
-
-
 class Encoding:
     """One run of the vision encoder: what its hooks captured, and what the stages selected."""
 
-    def __init__(self, questions: list[Tensor], rows: list[int], embed: Callable[[Tensor], Tensor], encoder: Encoder):
+    def __init__(
+        self,
+        questions: list[Tensor],
+        rows: list[int],
+        embed: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor],
+        encoder: Encoder,
+    ):
         self.questions = questions
         self.rows = rows
         self.embed = embed
+        self.project = project
         self.encoder = encoder
         self.projections: dict[int, dict[str, Tensor]] = {}
-        self.positions = torch.empty(0)  # int64 [images, n] once the features are known
+        # Known once the features are. Tokens are [images, n, C]; with different counts packed, [1, all, C].
+        self.counts: list[int] = []  # of each image
+        self.owner = torch.empty(0)  # int64 [images, patches]: the packed token that each patch is in, or -1
+        self.positions: Tensor | None = None  # int64 [images, n]: the patch of each token, while each is one patch
         self.output: Any = None  # what the family's feature method returned
 
     def capture(self, layer: int, role: str, projected: Tensor, heads: int) -> None:
         """``projected`` [images, S, H * D] as the view [images, H, S, D], a constant of the backward pass."""
         self.projections.setdefault(layer, {})[role] = projected.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def start(self, features: Tensor) -> None:
+    def start(self, features: Tensor, merged: Tensor | None) -> None:
+        """``merged`` int64 [images, patches]: the feature that each patch is in, where the encoder merged them."""
         images, n, _ = features.shape
-        if n != self.encoder.num_patches:
+        if merged is None and n != self.encoder.num_patches:
             raise ValueError(
                 f"vtkernels.zoo: expected {self.encoder.num_patches} patches ({self.encoder.grid[0]} x "
                 f"{self.encoder.grid[1]}) from the vision encoder, got {n}"
             )
-        self.positions = torch.arange(n, device=features.device).expand(images, n)
+        patches = torch.arange(n, device=features.device).expand(images, n)
+        self.counts = [n] * images
+        self.owner = (patches if merged is None else merged) + n * patches.new_tensor(range(images)).unsqueeze(1)
+        self.positions = patches if merged is None else None
 
     def run(self, stage: Stage, claim: Claim | None, tokens: Tensor, features: Tensor) -> Tensor:
-        """The tokens that the stage keeps: [images, n, C] -> [images, kept, C]."""
-        n = tokens.shape[1]
-        if claim is None or claim.keep is None or claim.keep == n:
+        """The tokens that the stage leaves: [images, n, C] -> [images, kept, C], or packed [1, all, C]."""
+        n = self.counts[0]
+        if claim is None or claim.keep is None or (claim.keep == n and self.positions is not None):
             return tokens
+        if self.positions is None:
+            raise ValueError(
+                f"{claim.recipe.name}: expected one patch a token and the same number for every image, but the stages "
+                f"before {stage} merged"
+            )
         if claim.keep > n:
             raise ValueError(
                 f"{claim.recipe.name}: keep={claim.keep} is more than the {n} tokens that the stages before "
@@ -110,50 +127,70 @@ class Encoding:
             questions=self.questions,
             rows=self.rows,
             embed=self.embed,
+            project=self.project,
         )
-        kept, indices = getattr(claim.recipe, stage)(context)
-        self.positions = self.positions.gather(1, indices)
-        return kept
+        return self._follow(getattr(claim.recipe, stage)(context))
+
+    def _follow(self, result: Kept | Merged) -> Tensor:
+        """Notes where the patches went; the tokens, all of one length or packed."""
+        images, n = len(self.counts), self.counts[0]
+        if isinstance(result, Merged):
+            self.positions, moved = None, result.owner
+            self.counts, tokens = list(result.counts), result.tokens.unsqueeze(0)
+        else:
+            tokens, indices = result
+            kept = tokens.shape[1]
+            assert self.positions is not None
+            self.positions = self.positions.gather(1, indices)
+            self.counts = [kept] * images
+            moved = torch.full((images, n), -1, device=indices.device)
+            moved.scatter_(1, indices, torch.arange(images * kept, device=indices.device).view(images, kept))
+        before = self.owner.clamp(min=0)
+        self.owner = moved.flatten()[before].where(self.owner >= 0, -1)
+        return tokens
+
+    def per_image(self, tokens: Tensor | list[Tensor]) -> tuple[Tensor, ...]:
+        """One [n, C] an image, of tokens as :meth:`run` leaves them."""
+        return torch.cat(list(tokens)).split(self.counts)
+
+    def owner_within_prompts(self) -> Tensor:
+        """int64 [images, patches]: the token of its prompt that each patch is in, or -1."""
+        ends = list(itertools.accumulate(self.counts, initial=0))
+        first = {row: ends[image] for image, row in reversed(list(enumerate(self.rows)))}
+        offset = torch.tensor([first[row] for row in self.rows], device=self.owner.device)
+        return (self.owner - offset.unsqueeze(1)).where(self.owner >= 0, -1)
 
     def dropped(self, is_image: Tensor) -> Tensor:
-        """bool [B, L]: the placeholders whose token was dropped."""
-        images = self.positions.shape[0]
-        gone = torch.ones(images, self.encoder.num_patches, dtype=torch.bool, device=self.positions.device)
-        gone.scatter_(1, self.positions, False)
+        """bool [B, L]: the placeholders beyond the number of tokens in their image's place."""
+        place = torch.arange(self.encoder.num_patches, device=is_image.device)
+        gone = place >= torch.tensor(self.counts, device=is_image.device).unsqueeze(1)
         dropped = torch.zeros_like(is_image)
-        dropped[is_image] = gone.flatten().to(is_image.device)
+        dropped[is_image] = gone.flatten()
         return dropped
 
 
-class Adapter(ABC):
-    """A family's adapter, one instance a model. It lives on the model while at least one recipe is attached."""
-
-    model_class: ClassVar[type]
-    serves: ClassVar[tuple[Stage, ...]]
+class Adapter(Attachment):
+    """The adapter of a family of vision-language models."""
 
     def __init__(self, model: Any, attribute: str):
-        self.model = model
-        self.attribute = attribute
-        self.encoder = self.describe_encoder()
-        self.claims: dict[Stage, Claim] = {}
-        self.last: LastRun | None = None
+        super().__init__(model, attribute)
         self.encoding: Encoding | None = None  # while the encoder runs for us: the hooks write here
         self.served: Encoding | None = None  # while the model's own method runs for us
-        self._undo: list[Callable[[], None]] = []
+        self._last: LastRun | None = None
 
     # What a family knows.
 
     @abstractmethod
-    def describe_encoder(self) -> Encoder:
-        """Raises ValueError for a configuration that the adapter does not serve."""
-
-    @abstractmethod
-    def install(self) -> None:
+    def install_family(self) -> None:
         """Hooks and overrides of the family, through :meth:`hook` and :meth:`override`."""
 
     @abstractmethod
     def encode(self, call: dict[str, Any]) -> Any:
         """Runs the model's own feature method with ``self.encoding`` set; returns its output."""
+
+    @abstractmethod
+    def project(self, features: Tensor) -> Tensor:
+        """The projector on its own, without the hooks of a run."""
 
     @property
     @abstractmethod
@@ -163,76 +200,20 @@ class Adapter(ABC):
     def special_ids(self) -> set[int]:
         """Ids that are no words: image, padding, begin and end of sequence."""
 
-    # Attach and detach.
+    # Attach.
 
-    def attach(self, claim: Claim) -> None:
-        self._validate(claim)
-        before = dict(self.claims)
-        self.claims.update(dict.fromkeys(claim.recipe.stages(), claim))
-        try:
-            self._reinstall()
-        except BaseException:
-            self.claims = before
-            self._reinstall()
-            raise
-
-    def detach(self, claim: Claim) -> None:
-        self.claims = {stage: other for stage, other in self.claims.items() if other is not claim}
-        self._reinstall()
+    @property
+    def last(self) -> LastRun | None:
+        return self._last
 
     def layers(self) -> set[int]:
         """The encoder layers that the attached recipes score with."""
         return {layer for claim in self.claims.values() for layer in claim.recipe.attention_layers(self.encoder)}
 
-    def hook(self, handle: Any) -> None:
-        """Keeps a torch hook handle until detach."""
-        self._undo.append(handle.remove)
-
-    def override(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Puts ``wrap(owner.name)`` in the owner's instance attributes until detach, under the same signature."""
-        original = getattr(owner, name)
-        before = owner.__dict__.get(name, _ABSENT)
-        owner.__dict__[name] = functools.wraps(original)(wrap(original))
-
-        def undo() -> None:
-            if before is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = before
-
-        self._undo.append(undo)
-
-    def _validate(self, claim: Claim) -> None:
-        recipe, family = claim.recipe, self.model_class.__name__
-        for stage in recipe.stages():
-            if stage not in self.serves:
-                raise NotImplementedError(
-                    f"{recipe.name}: stage {stage} is not served for {family}; served: {', '.join(self.serves)}"
-                )
-            if stage in self.claims:
-                raise ValueError(
-                    f"{recipe.name}: stage {stage} of this model is claimed by {self.claims[stage].recipe.name}; "
-                    "remove that handle first"
-                )
-        if recipe.needs_cls and not self.encoder.has_cls:
-            raise ValueError(f"{recipe.name}: needs a [CLS] token, which this model's vision encoder does not have")
-        for layer in recipe.attention_layers(self.encoder):
-            if not 0 <= layer < self.encoder.num_layers:
-                raise ValueError(
-                    f"{recipe.name}: expected an encoder layer in [0, {self.encoder.num_layers - 1}], got {layer}"
-                )
-        if claim.keep is not None:
-            recipe.check(self.encoder, claim.keep)
-
-    def _reinstall(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self.model.__dict__.pop(self.attribute, None)
-        if self.claims:
-            self.model.__dict__[self.attribute] = self
-            self.override(self.model, "forward", self._wrap_forward)
-            self.override(self.model, "generate", self._wrap_generate)
-            self.install()
+    def install(self) -> None:
+        self.override(self.model, "forward", self._wrap_forward)
+        self.override(self.model, "generate", self._wrap_generate)
+        self.install_family()
 
     # Running.
 
@@ -284,7 +265,7 @@ class Adapter(ABC):
         is_image = call["input_ids"] == self.image_token_id
         rows = rows_of_images(is_image, len(call["pixel_values"]), self.encoder.num_patches)
         embed = self.model.get_input_embeddings()
-        self.encoding = Encoding(self._questions(call), rows, embed, self.encoder)
+        self.encoding = Encoding(self._questions(call), rows, embed, self.project, self.encoder)
         try:
             self.encoding.output = self.encode(call)
             self.served = self.encoding
@@ -307,16 +288,18 @@ class Adapter(ABC):
         return [row[is_word].to(self.model.device) for row, is_word in zip(ids, words, strict=True)]
 
     def _shorten(self, call: dict[str, Any], encoding: Encoding, *, left: bool) -> dict[str, Any] | None:
-        """The call on the shortened prompt, or None when nothing was dropped. Notes what was done in ``self.last``."""
+        """The call on the shortened prompt, or None when nothing was dropped. Notes what was done for :attr:`last`."""
         dropped = encoding.dropped(call["input_ids"] == self.image_token_id)
         real = real_tokens(call)
         before = real.sum(1)
         short = None
-        if encoding.positions.shape[1] < self.encoder.num_patches:
+        if sum(encoding.counts) < encoding.owner.numel():
             short = Shortened.plan(real, dropped, left=left).arguments(call, self._pad_id())
         seen = call if short is None else short
-        self.last = LastRun(
+        self._last = LastRun(
             indices=encoding.positions,
+            owner=encoding.owner_within_prompts(),
+            counts=encoding.counts,
             rows=encoding.rows,
             grid=self.encoder.grid,
             tokens_before=before.tolist(),

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vtkernels.zoo.adapters.attachment import Claim
 from vtkernels.zoo.adapters.base import Adapter
+from vtkernels.zoo.adapters.transformers_vit import TransformersLayer, encoder_layers, tower_facts
 from vtkernels.zoo.recipe import Encoder, Stage
 
 
 class LlavaAdapter(Adapter):
     model_class: ClassVar[type] = LlavaForConditionalGeneration
-    serves: ClassVar[tuple[Stage, ...]] = ("vision_encoder", "after_projector")
+    serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector")
 
     @property
     def image_token_id(self) -> int:
@@ -30,24 +32,14 @@ class LlavaAdapter(Adapter):
     def describe_encoder(self) -> Encoder:
         config = self.model.config
         vision = config.vision_config
-        if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-            raise ValueError(
-                f"vtkernels.zoo: expected a clip_vision_model or siglip_vision_model tower, got {vision.model_type}"
-            )
-        has_cls = vision.model_type == "clip_vision_model"
-        strategy = "default" if has_cls else "full"
+        encoder = tower_facts(vision, _feature_layer(config.vision_feature_layer, vision.num_hidden_layers))
+        strategy = "default" if encoder.has_cls else "full"
         if config.vision_feature_select_strategy != strategy:
             raise ValueError(
                 f"vtkernels.zoo: expected vision_feature_select_strategy={strategy!r} with a {vision.model_type} tower "
                 f"(one token a patch), got {config.vision_feature_select_strategy!r}"
             )
-        side = vision.image_size // vision.patch_size
-        return Encoder(
-            num_layers=vision.num_hidden_layers,
-            feature_layer=_feature_layer(config.vision_feature_layer, vision.num_hidden_layers),
-            grid=(side, side),
-            has_cls=has_cls,
-        )
+        return encoder
 
     def special_ids(self) -> set[int]:
         text = self.model.config.text_config
@@ -56,17 +48,31 @@ class LlavaAdapter(Adapter):
             ids.update(value if isinstance(value, list) else [value] if value is not None else [])
         return ids
 
-    def install(self) -> None:
+    def attach(self, claim: Claim) -> None:
+        layers = self.model.config.vision_feature_layer
+        if "vision_layers" in claim.recipe.stages() and isinstance(layers, list) and len(layers) > 1:
+            raise ValueError(
+                f"{claim.recipe.name}: expected one vision_feature_layer, whose tokens merge in the layers before, got "
+                f"{layers}"
+            )
+        super().attach(claim)
+
+    def install_family(self) -> None:
         base = self.model.model
         self.override(base, "get_image_features", self._wrap_get_image_features)
-        layers = _encoder_layers(base.vision_tower)
+        layers = encoder_layers(base.vision_tower)
         for index in sorted(self.layers()):
             attention: Any = layers[index].self_attn
             self.hook(attention.q_proj.register_forward_hook(self._capture(index, "query", attention.num_heads)))
             self.hook(attention.k_proj.register_forward_hook(self._capture(index, "key", attention.num_heads)))
+        blocks = [TransformersLayer(layer) for layer in layers]
+        self.merger = self.install_merger(blocks, int(self.encoder.has_cls), lambda: self.encoding is not None)
         projector = base.multi_modal_projector
         self.hook(projector.register_forward_pre_hook(self._before_projector))
         self.hook(projector.register_forward_hook(self._after_projector))
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector.forward(features)
 
     def encode(self, call: dict[str, Any]) -> BaseModelOutputWithPooling:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
@@ -75,7 +81,8 @@ class LlavaAdapter(Adapter):
                 raise ValueError(f"vtkernels.zoo: expected {name}={expected!r} as configured, got {call[name]!r}")
         output = self._get_image_features(pixel_values=call["pixel_values"], return_dict=True)
         # Only this is used from here on; the hidden states of every layer would live as long as generation.
-        return _image_output(output.pooler_output)
+        assert self.encoding is not None
+        return _image_output(self.encoding.per_image(output.pooler_output))
 
     def _wrap_get_image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
         self._get_image_features = original
@@ -102,7 +109,7 @@ class LlavaAdapter(Adapter):
         if self.encoding is None:
             return None
         (features,) = args
-        self.encoding.start(features)
+        self.encoding.start(features, None if self.merger is None else self.merger.patch_owner())
         return (self.encoding.run("vision_encoder", self.claims.get("vision_encoder"), features, features),)
 
     def _after_projector(self, module: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor:
@@ -124,10 +131,3 @@ def _feature_layer(selected: int | list[int], num_layers: int) -> int:
     if deepest < 0:
         raise ValueError(f"vtkernels.zoo: vision_feature_layer={selected} is the embeddings, the output of no layer")
     return deepest
-
-
-def _encoder_layers(tower: nn.Module) -> nn.ModuleList:
-    found = [module for name, module in tower.named_modules() if name.endswith("encoder.layers")]
-    if len(found) != 1 or not isinstance(found[0], nn.ModuleList):
-        raise RuntimeError(f"vtkernels.zoo: expected one encoder.layers in {type(tower).__name__}, found {len(found)}")
-    return found[0]

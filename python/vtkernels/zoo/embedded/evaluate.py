@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vtkernels.zoo.embedded import questions, report, scenes, videos
 from vtkernels.zoo.embedded.questions import Question
 from vtkernels.zoo.embedded.report import BASELINES, Row
 from vtkernels.zoo.measure import Cost, measure, prefill_flops
+from vtkernels.zoo.recipe import BudgetError
 
 TASKS = tuple(questions.TASKS)
 LONGEST = 64  # tokens of an answer
@@ -76,6 +78,10 @@ def main(
         console.print("tokens that a verification of four draft tokens yields:", lengths, highlight=False)
     report.write_json(out / "eval.json", rows, facts)
     report.plot(out / "eval.png", rows)
+    evaluated = {(row.method, row.keep) for row in rows}
+    for name, keep in itertools.product(methods, keeps):
+        if (name, keep) not in evaluated:
+            console.print(f"{name} cannot keep as little as {keep:g} of the tokens of this encoder")
     console.print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}")
 
 
@@ -166,32 +172,50 @@ def evaluate(
 ) -> list[Row]:
     """The untouched model's row, then one of every method (the baselines always among them) at every budget.
 
-    ``advance`` is called :func:`num_steps` times.
+    Budgets that a method cannot meet on this encoder have no row. ``advance`` is called :func:`num_steps` times, less
+    often without those.
     """
     variants = _variants(model, methods, keeps)
     costs = _costs(model, processor, batches, variants, rounds, advance)
-    full = costs[0]
-    rows = []
-    for (name, keep, attach), cost in zip(variants, costs, strict=True):
-        with attach() as handle:
-            by_task = accuracy(model, processor, batches, advance)
-            flops = prefill_flops(model, batches[0].alone(0))
-        rows.append(
-            Row(
-                method=name,
-                keep=keep,
-                tokens=embedded.GRID**2 if handle is None else handle.last.indices.shape[1],
-                accuracy={task: round(value, 4) for task, value in by_task.items()},
-                mean=round(statistics.fmean(by_task.values()), 4),
-                prefill_ms=_median(cost, "prefill"),
-                decode_ms=_median([c for c in cost if len(c.ids) > 1], "decode"),
-                question_ms=_mean_total(cost),
-                speedup=round(_mean_total(full) / _mean_total(cost), 3),
-                kv_bytes=cost[0].kv_bytes,
-                prefill_flops=flops,
-            )
-        )
-    return rows
+    return [
+        _row(model, processor, batches, variant, cost, costs[0], advance)
+        for variant, cost in zip(variants, costs, strict=True)
+    ]
+
+
+def _row(
+    model: Any,
+    processor: Any,
+    batches: Sequence[Batch],
+    variant: tuple[str, float | None, Any],
+    cost: Sequence[Cost],
+    full: Sequence[Cost],
+    advance: Callable[[], Any],
+) -> Row:
+    name, keep, attach = variant
+    images = len(batches[0].inputs["pixel_values"]) // len(batches[0].questions)
+    tokens: list[float] = []  # visual tokens a prompt, of each batch
+    with attach() as handle:
+
+        def note() -> None:
+            tokens.append((embedded.GRID**2 if handle is None else statistics.fmean(handle.last.counts)) * images)
+            advance()
+
+        by_task = accuracy(model, processor, batches, note)
+        flops = prefill_flops(model, batches[0].alone(0))
+    return Row(
+        method=name,
+        keep=keep,
+        tokens=round(statistics.fmean(tokens)),
+        accuracy={task: round(value, 4) for task, value in by_task.items()},
+        mean=round(statistics.fmean(by_task.values()), 4),
+        prefill_ms=_median(cost, "prefill"),
+        decode_ms=_median([c for c in cost if len(c.ids) > 1], "decode"),
+        question_ms=_mean_total(cost),
+        speedup=round(_mean_total(full) / _mean_total(cost), 3),
+        kv_bytes=cost[0].kv_bytes,
+        prefill_flops=flops,
+    )
 
 
 def num_steps(batches: Sequence[Batch], methods: Sequence[str], keeps: Sequence[float], rounds: int) -> int:
@@ -207,7 +231,9 @@ def _variants(model: Any, methods: Sequence[str], keeps: Sequence[float]) -> lis
     variants: list[tuple[str, float | None, Any]] = [("all tokens", None, contextlib.nullcontext)]
     for name in _with_baselines(methods):
         for keep in keeps:
-            variants.append((name, keep, lambda name=name, keep=keep: zoo.apply(model, name, keep)))
+            with contextlib.suppress(BudgetError):
+                zoo.apply(model, name, keep).remove()
+                variants.append((name, keep, lambda name=name, keep=keep: zoo.apply(model, name, keep)))
     return variants
 
 

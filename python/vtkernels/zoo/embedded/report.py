@@ -17,7 +17,8 @@ BASELINES = ("random", "uniform")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``keep`` is None for the untouched model; times are medians, in milliseconds.
+    """One line of the table. ``keep`` is None for the untouched model; ``tokens`` are the visual tokens of a prompt,
+    their mean over prompts; times are medians, in milliseconds.
 
     ``question_ms`` is the time of one question of each task, answered one at a time with as many tokens as the right
     answer has; ``speedup`` is that of the untouched model, in the same run, over this.
@@ -70,7 +71,10 @@ def cost_table(rows: Sequence[Row], title: str) -> Table:
 def _table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        if heading == "method":
+            table.add_column(heading, overflow="fold", max_width=16)
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     return table
