@@ -14,10 +14,9 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 from tests.models import tiny
 from tests.models.layer_merging import CASES, METHODS, expected, trace
 from tests.reference import merging as reference
-from vtkernels import zoo
+from vtkernels import energy_scores, zoo
 from vtkernels.zoo.embedded import evaluate
 from vtkernels.zoo.merging import LayerContext, clamped, geometric, spread
-from vtkernels.zoo.methods.pitome import energy
 from vtkernels.zoo.methods.tome import numbers
 from vtkernels.zoo.recipe import Context, Kept
 
@@ -99,7 +98,7 @@ def test_golden_tome():
 
 
 def test_golden_pitome():
-    energies = energy(METRIC[None], 0.9, 1.0)[0]
+    energies = energy_scores(METRIC[None], margin=0.9)[0]
     torch.testing.assert_close(
         energies, torch.tensor([-0.3349, -0.2919, -0.2927, -0.2642, -0.2095, -0.6459]), atol=5e-5, rtol=0
     )
