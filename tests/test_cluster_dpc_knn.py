@@ -12,7 +12,7 @@ from tests.reference import cluster_dpc_knn as reference
 from vtkernels.testing.compare import assert_same_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def cluster(backend, tokens, clusters, **options):
@@ -41,7 +41,7 @@ def test_two_groups_by_hand(backend):
 
 @QUICK
 @given(
-    batch=st.integers(0, 3),
+    batch=st.integers(0, 2),
     count=st.sampled_from([1, 2, 5, 17, 63, 64, 65]),
     width=st.sampled_from([1, 3, 16, 17]),
     share=st.floats(0, 1),
@@ -83,8 +83,8 @@ def reference_centers(x, clusters):
 
 
 def test_valid_and_counts(backend, random):
-    tokens = torch.randn(4, 70, 9, generator=random)
-    valid = ~drop_some(random, 4, 70)
+    tokens = torch.randn(4, 30, 9, generator=random)
+    valid = ~drop_some(random, 4, 30)
     valid[1], valid[3, 5:] = False, False
     counts = torch.tensor([8, 8, 0, 7], dtype=torch.int32)
     check(backend, tokens, 8, valid=valid, counts=counts)
@@ -136,7 +136,7 @@ def test_all_tokens_are_centers(backend, random):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_views(backend, dtype, random):
-    wide = torch.randn(66, 2, 40, generator=random).to(dtype)
+    wide = torch.randn(20, 2, 40, generator=random).to(dtype)
     for tokens in (wide.transpose(0, 1)[:, :, :24], wide.transpose(0, 1)[:, ::2, 1:22], wide[:9, :1].expand(-1, 3, -1)):
         ours, plain = cluster(backend, tokens, 3), cluster(backend, tokens.contiguous(), 3)
         assert_same_bits(ours[0], plain[0])
@@ -144,9 +144,9 @@ def test_strided_views(backend, dtype, random):
 
 
 def test_batch_rows_do_not_mix(backend, random):
-    tokens = torch.randn(4, 66, 7, generator=random)
+    tokens = torch.randn(3, 66, 7, generator=random)
     centers, owner = cluster(backend, tokens, 9)
-    for b in range(4):
+    for b in range(3):
         alone = cluster(backend, tokens[b : b + 1], 9)
         assert_same_bits(alone[0], centers[b : b + 1])
         assert_same_bits(alone[1], owner[b : b + 1])

@@ -11,7 +11,7 @@ from tests.reference import temporal_segments as reference
 from vtkernels.testing.compare import assert_same_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOLDEN = [[0.9, 0.9, 0.2, 0.9], [0.9, 0.9, 0.9, 0.1], [0.1, 0.2, 0.3, 0.1], [0.95, 0.95, 0.95, 0.95]]
 
 

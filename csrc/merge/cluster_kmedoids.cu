@@ -9,7 +9,7 @@
 // Sums run over the tokens in ascending order, a sum of movements over the medoids; no float atomics. Nothing depends
 // on the number of blocks.
 //
-//   shared  16 candidates and 16 counts, 320 bytes
+//   shared  16 ranks and 16 counts, 192 bytes
 //   bound   L2: K N rows a seeding and an iteration, and the squares of the cluster sizes; rows are not kept in
 //           registers, since a warp reads its own row once a distance from L1
 #include "merge/cluster_kmedoids.h"
@@ -27,22 +27,24 @@ namespace {
 
 constexpr float kUnusable = -2.0f, kPicked = -1.0f;  // states in place of a squared distance
 
+using Rank = unsigned long long;
+
 struct SharedMemory {
-  Candidate best[kGreedyWarps];
+  Rank ranks[kGreedyWarps];
   int32_t counts[kGreedyWarps];
 };
 
-// Arrays of one group behind its GreedyWorkspace.
 struct Geometry {
-  GreedyWorkspace workspace;
-  int64_t candidate_bytes, flag_bytes;  // aligned, of one group
-  unsigned long long* centers;          // [groups, K]: the best rank of each cluster
-  float* nearest;                       // [groups, N]: squared distance to the nearest seed, or a state
-  float* moved;                         // [groups, K]
-  int32_t* cluster;                     // [groups, N], -1: not usable
-  int32_t* medoids;                     // [groups, 2, K]: in the order of the seeds, and ascending
-  int32_t* stop;                        // [groups]
-  int32_t slice;                        // tokens of a block
+  int groups, blocks;  // batch items in work at once, blocks of each
+  char* counters;      // [groups] of kBarrierBytes
+  Rank* best;          // [groups, K]: of each seed, then of each cluster; zero where nothing was offered
+  float* nearest;      // [groups, N]: squared distance to the nearest seed, or a state
+  float* moved;        // [groups, K]
+  int32_t* cluster;    // [groups, N], -1: not usable
+  int32_t* medoids;    // [groups, 2, K]: in the order of the seeds, and ascending
+  int32_t* stop;       // [groups]
+  int32_t slice;       // tokens of a block
+  int64_t zeroed;      // bytes that the launcher clears: counters, best
   int64_t bytes;
 };
 
@@ -50,23 +52,25 @@ struct Geometry {
 template <class T>
 struct Item {
   const ClusterKmedoidsParams& p;
-  GreedyGroup& group;
+  GridBarrier& barrier;
   SharedMemory& shared;
+  const bool leads;             // block 0 of the group
   const int32_t b, begin, end;  // the item, the slice
-  unsigned long long* centers;
+  Rank* best;
   float *nearest, *moved;
   int32_t *cluster, *medoids, *sorted, *stop;
   int32_t clusters = 0;  // with a medoid
 
-  __device__ Item(const ClusterKmedoidsParams& p, const Geometry& g, GreedyGroup& group, SharedMemory& shared,
+  __device__ Item(const ClusterKmedoidsParams& p, const Geometry& g, GridBarrier& barrier, SharedMemory& shared,
                   int32_t index, int32_t b)
       : p(p),
-        group(group),
+        barrier(barrier),
         shared(shared),
+        leads(blockIdx.x % g.blocks == 0),
         b(b),
-        begin(min(group.block * g.slice, p.tokens.count)),
+        begin(min(static_cast<int32_t>(blockIdx.x % g.blocks) * g.slice, p.tokens.count)),
         end(min(begin + g.slice, p.tokens.count)),
-        centers(g.centers + static_cast<int64_t>(index) * p.clusters),
+        best(g.best + static_cast<int64_t>(index) * p.clusters),
         nearest(g.nearest + static_cast<int64_t>(index) * p.tokens.count),
         moved(g.moved + static_cast<int64_t>(index) * p.clusters),
         cluster(g.cluster + static_cast<int64_t>(index) * p.tokens.count),
@@ -80,53 +84,65 @@ struct Item {
     return warp_squared_distance(token_row<T>(p.tokens, b, i), token_row<T>(p.tokens, b, j), p.tokens.channels);
   }
 
+  // The token that the group offers for seed k, in all threads of all its blocks.
+  __device__ int32_t agree(Rank own, int32_t k) {
+    own = block_reduce<kGreedyThreads>(own, Max{}, shared.ranks);
+    if (threadIdx.x == 0) atomicMax(&best[k], own);
+    barrier.wait();
+    return index_of(best[k]);
+  }
+
   __device__ void seed() {
+    if (p.clusters == 0) return;
     // The largest norm.
-    Candidate best = {0, 0.0f};
+    Rank own = 0;
     for (int32_t n = begin + warp(); n < end; n += kGreedyWarps) {
       const float squared = warp_squared_norm(token_row<T>(p.tokens, b, n), p.tokens.channels);
       const bool usable = is_valid(p.tokens, b, n) && squared < kMaxSquaredNorm;
       if (lane() == 0) nearest[n] = usable ? INFINITY : kUnusable;
-      if (usable) best = Better{}(best, make_candidate(order_key(squared), n, 0.0f));
+      if (usable) own = max(own, make_rank(order_key(squared), n));
     }
-    int32_t pick = token_of(group.group_best(best, shared.best));
+    int32_t pick = agree(own, 0);
     int32_t usable = 0;
     for (int32_t n = threadIdx.x; n < p.tokens.count; n += kGreedyThreads) usable += nearest[n] != kUnusable;
     clusters = min(p.clusters, block_reduce<kGreedyThreads>(usable, Sum{}, shared.counts));
-    group.barrier.wait();  // everybody has counted
+    barrier.wait();  // everybody has counted
 
     // Farthest first.
     for (int32_t k = 0; k < clusters; ++k) {
-      if (group.block == 0 && threadIdx.x == 0) {
-        medoids[k] = pick;
-        centers[k] = 0;
-      }
+      if (leads && threadIdx.x == 0) medoids[k] = pick;
       if (k + 1 == clusters) break;
-      best = {0, 0.0f};
+      own = 0;
       for (int32_t n = begin + warp(); n < end; n += kGreedyWarps) {
         if (nearest[n] == kUnusable) continue;
         float squared = fminf(nearest[n], distance(n, pick));
         if (n == pick) squared = kPicked;
         __syncwarp();
         if (lane() == 0) nearest[n] = squared;
-        best = Better{}(best, make_candidate(order_key(squared), n, 0.0f));
+        own = max(own, make_rank(order_key(squared), n));
       }
-      pick = token_of(group.group_best(best, shared.best));
+      pick = agree(own, k + 1);
     }
-    group.barrier.wait();
+    barrier.wait();
+    clear_best();
+  }
+
+  // Somebody else's barrier comes before the next offer.
+  __device__ void clear_best() {
+    for (int32_t k = threadIdx.x; leads && k < p.clusters; k += kGreedyThreads) best[k] = 0;
   }
 
   // The nearest of `list`, the first of equals; a member of the list has itself.
   __device__ int32_t nearest_of(int32_t n, const int32_t* list) const {
-    int32_t best = -1;
+    int32_t own = -1;
     float least = 0.0f;
     for (int32_t k = 0; k < clusters; ++k) {
       const float squared = list[k] == n ? -1.0f : distance(n, list[k]);
-      if (best >= 0 && squared >= least) continue;
+      if (own >= 0 && squared >= least) continue;
       least = squared;
-      best = k;
+      own = k;
     }
-    return best;
+    return own;
   }
 
   __device__ void assign() {
@@ -134,7 +150,7 @@ struct Item {
       const int32_t own = nearest[n] != kUnusable ? nearest_of(n, medoids) : -1;
       if (lane() == 0) cluster[n] = own;
     }
-    group.barrier.wait();
+    barrier.wait();
   }
 
   // Offers every token of the slice as the center of its cluster.
@@ -148,22 +164,22 @@ struct Item {
         for (unsigned left = __ballot_sync(kAllLanes, member); left != 0; left &= left - 1)
           cost += __fsqrt_rn(distance(n, first + __ffs(left) - 1));
       }
-      if (lane() == 0) atomicMax(&centers[own], make_rank(order_key(-cost), n));
+      if (lane() == 0) atomicMax(&best[own], make_rank(order_key(-cost), n));
     }
-    group.barrier.wait();
+    barrier.wait();
   }
 
   // Block 0 moves the medoids; returns whether to stop.
   __device__ bool move_medoids() {
-    if (group.block == 0) {
+    if (leads) {
       for (int32_t k = warp(); k < clusters; k += kGreedyWarps) {
-        const int32_t center = index_of(centers[k]);
+        const int32_t center = index_of(best[k]);
         const float shift = __fsqrt_rn(distance(medoids[k], center));
         __syncwarp();
         if (lane() == 0) {
           moved[k] = shift;
           medoids[k] = center;
-          centers[k] = 0;
+          best[k] = 0;
         }
       }
       __syncthreads();
@@ -173,13 +189,13 @@ struct Item {
         *stop = total < p.tolerance;
       }
     }
-    group.barrier.wait();
+    barrier.wait();
     return *stop != 0;
   }
 
   __device__ void finish() {
     int64_t* gMedoids = p.medoids + static_cast<int64_t>(b) * p.clusters;
-    if (group.block == 0) {
+    if (leads) {
       // Medoids are distinct: each one's place is the number of smaller ones.
       for (int32_t k = threadIdx.x; k < clusters; k += kGreedyThreads) {
         int32_t place = 0;
@@ -189,12 +205,12 @@ struct Item {
       }
       for (int32_t k = clusters + threadIdx.x; k < p.clusters; k += kGreedyThreads) gMedoids[k] = -1;
     }
-    group.barrier.wait();
+    barrier.wait();
     for (int32_t n = begin + warp(); n < end; n += kGreedyWarps) {
-      const int32_t own = nearest[n] != kUnusable ? nearest_of(n, sorted) : -1;
+      const int32_t own = clusters > 0 && nearest[n] != kUnusable ? nearest_of(n, sorted) : -1;
       if (lane() == 0) p.owner[static_cast<int64_t>(b) * p.tokens.count + n] = own;
     }
-    group.barrier.wait();  // before the next item
+    barrier.wait();  // before the next item
   }
 };
 
@@ -202,10 +218,11 @@ template <class T>
 __global__ void __launch_bounds__(kGreedyThreads, 1)
     cluster_kmedoids_kernel(const __grid_constant__ ClusterKmedoidsParams p, const __grid_constant__ Geometry g) {
   __shared__ SharedMemory shared;
-  GreedyGroup group(g.workspace, g.candidate_bytes, g.flag_bytes);
-  const int32_t index = blockIdx.x / g.workspace.blocks;
-  for (int32_t b = index; b < p.tokens.batch; b += g.workspace.groups) {
-    Item<T> item(p, g, group, shared, index, b);
+  const int32_t index = blockIdx.x / g.blocks;
+  GridBarrier barrier = {reinterpret_cast<unsigned*>(g.counters + index * kBarrierBytes),
+                         static_cast<unsigned>(g.blocks)};
+  for (int32_t b = index; b < p.tokens.batch; b += g.groups) {
+    Item<T> item(p, g, barrier, shared, index, b);
     item.seed();
     for (int64_t i = 0; i < p.iterations && item.clusters > 0; ++i) {
       item.assign();
@@ -219,31 +236,32 @@ __global__ void __launch_bounds__(kGreedyThreads, 1)
 Geometry geometry(const ClusterKmedoidsParams& p) {
   Geometry g = {};
   const GreedyShape shape = greedy_shape(p.tokens.batch, ceil_div(p.tokens.count, kGreedyWarps), num_multiprocessors());
-  g.workspace = {static_cast<char*>(p.workspace), shape.groups, shape.blocks, 0};
-  g.candidate_bytes = g.workspace.candidate_bytes();
-  g.flag_bytes = 0;
+  g.groups = shape.groups;
+  g.blocks = shape.blocks;
   g.slice = ceil_div(p.tokens.count, shape.blocks);
-  char* next = g.workspace.base + g.workspace.bytes();
+  char* next = static_cast<char*>(p.workspace);
   auto take = [&](auto*& array, int64_t count) {
     array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
     next += round_up<int64_t>(shape.groups * count * sizeof(*array), 16);
   };
-  take(g.centers, p.clusters);
+  take(g.counters, kBarrierBytes);
+  take(g.best, p.clusters);
+  g.zeroed = next - static_cast<char*>(p.workspace);
   take(g.nearest, p.tokens.count);
   take(g.moved, p.clusters);
   take(g.cluster, p.tokens.count);
   take(g.medoids, 2 * int64_t{p.clusters});
   take(g.stop, 1);
-  g.bytes = next - g.workspace.base;
+  g.bytes = next - static_cast<char*>(p.workspace);
   return g;
 }
 
 template <class T>
 cudaError_t run(const ClusterKmedoidsParams& p, const Geometry& g, cudaStream_t stream) {
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(g.workspace.groups * g.workspace.blocks));
+  shape.grid = dim3(static_cast<unsigned>(g.groups * g.blocks));
   shape.block = dim3(kGreedyThreads);
-  shape.cooperative = g.workspace.blocks > 1;
+  shape.cooperative = g.blocks > 1;
   return launch(cluster_kmedoids_kernel<T>, shape, stream, p, g);
 }
 
@@ -253,8 +271,8 @@ int64_t cluster_kmedoids_workspace(const ClusterKmedoidsParams& p) { return geom
 
 cudaError_t cluster_kmedoids_cuda(const ClusterKmedoidsParams& p, cudaStream_t stream) {
   const Geometry g = geometry(p);
-  // The barrier counters. NOTE: a memset is a node of a captured graph, so a replay starts from zero again.
-  cudaError_t error = cudaMemsetAsync(g.workspace.base, 0, static_cast<size_t>(g.workspace.counter_bytes()), stream);
+  // NOTE: a memset is a node of a captured graph, so a replay starts from zero again.
+  cudaError_t error = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(g.zeroed), stream);
   if (error != cudaSuccess) return error;
   switch (p.tokens.dtype) {
     case DType::kFloat32: return run<float>(p, g, stream);

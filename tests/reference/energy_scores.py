@@ -10,17 +10,19 @@ from torch import Tensor
 MIN_NORM = 2.0**-63  # squared: the smallest normal float32
 
 
-def response(cosine: float, kind: str, margin: float, alpha: float) -> float:
+def cosines(tokens: Tensor) -> Tensor:
+    """[N, C] to [N, N], 0 for zero vectors."""
+    norm = tokens.norm(dim=-1, keepdim=True)
+    unit = torch.where(norm < MIN_NORM, 0.0, tokens / norm)
+    return unit @ unit.T
+
+
+def response(cosine: Tensor, kind: str, margin: float, alpha: float) -> Tensor:
     if kind == "gaussian":
         sigma = 1 - margin
-        return math.exp(-0.5 * ((1 - cosine) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+        return (-0.5 * ((1 - cosine) / sigma) ** 2).exp() / (sigma * math.sqrt(2 * math.pi))
     above = cosine - margin
-    return above if above > 0 else alpha * (math.exp(above) - 1)
-
-
-def cosine(x: Tensor, y: Tensor) -> float:
-    norms = x.norm(), y.norm()
-    return 0.0 if min(norms) < MIN_NORM else float(x @ y / norms[0] / norms[1])
+    return torch.where(above > 0, above, alpha * (above.exp() - 1))
 
 
 def energy_scores(
@@ -28,10 +30,8 @@ def energy_scores(
 ) -> Tensor:
     out = torch.full(metric.shape[:2], -math.inf, dtype=torch.float64)
     for b, tokens in enumerate(metric.double()):
-        named = [n for n in range(len(tokens)) if valid is None or valid[b, n]]
-        usable = [n for n in named if tokens[n].square().sum() < 2.0**128]
+        named = torch.ones(len(tokens), dtype=torch.bool) if valid is None else valid[b]
+        usable = named & (tokens.square().sum(-1) < 2.0**128)
         out[b, named] = math.nan
-        for i in usable:
-            total = sum(response(cosine(tokens[i], tokens[j]), kind, margin, alpha) for j in usable)
-            out[b, i] = total / len(usable)
+        out[b, usable] = response(cosines(tokens[usable]), kind, margin, alpha).mean(-1)
     return out
