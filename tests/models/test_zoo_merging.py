@@ -14,10 +14,9 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 from tests.models import tiny
 from tests.models.layer_merging import CASES, METHODS, expected, trace
 from tests.reference import merging as reference
-from vtkernels import zoo
+from vtkernels import energy_scores, zoo
 from vtkernels.zoo.embedded import evaluate
 from vtkernels.zoo.merging import LayerContext, clamped, geometric, spread
-from vtkernels.zoo.methods.pitome import energy
 from vtkernels.zoo.methods.tome import numbers
 from vtkernels.zoo.recipe import Context, Kept
 
@@ -52,10 +51,10 @@ def test_the_papers_numbers_of_tokens():
     for _ in range(12):
         tokens -= int(tokens - tokens * 0.9)
     assert left("pitome", encoder, ratio=0.9) == tokens
-    # The layers of the released LLaVA patch that merge as ToMe does count [CLS]: 577 * 0.1 = 57.7, not 57.6.
-    clip = zoo.Encoder(num_layers=24, feature_layer=22, grid=(20, 2), has_cls=True)
-    assert zoo.make_recipe("pitome", ratio=0.75, released_llava=True).schedule(clip, 1)[:2] == [10, 7]
-    assert zoo.make_recipe("pitome", ratio=0.75).schedule(clip, 1)[:2] == [10, 7]
+    # The layers of the released LLaVA patch that merge as ToMe does count [CLS]: a quarter of 40, not of 39.
+    clip = zoo.Encoder(num_layers=24, feature_layer=22, grid=(13, 3), has_cls=True)
+    assert zoo.make_recipe("pitome", ratio=0.75, released_llava=True).own_schedule(clip)[:2] == [10, 7]
+    assert zoo.make_recipe("pitome", ratio=0.75).own_schedule(clip)[:2] == [9, 7]
 
 
 @pytest.mark.parametrize("plan", [spread, geometric])
@@ -99,7 +98,7 @@ def test_golden_tome():
 
 
 def test_golden_pitome():
-    energies = energy(METRIC[None], 0.9, 1.0)[0]
+    energies = energy_scores(METRIC[None], margin=0.9)[0]
     torch.testing.assert_close(
         energies, torch.tensor([-0.3349, -0.2919, -0.2927, -0.2642, -0.2095, -0.6459]), atol=5e-5, rtol=0
     )

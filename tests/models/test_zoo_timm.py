@@ -107,6 +107,16 @@ def test_timm_batch_is_each_row_alone(method):
     assert torch.equal(together, again)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["tome", "pitome"])
+def test_timm_compiles_without_a_break(method):
+    model, pixels = vit.vit(seed=3), vit.pictures(2)
+    with zoo.apply(model, method, keep=9) as handle:
+        logits, owner = model(pixels), handle.last.owner
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(pixels), logits)
+        assert torch.equal(handle.last.owner, owner)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_timm_gradient_is_the_references(method):
     model, pixels, label = vit.vit(seed=7, grid=5), vit.pictures(1, grid=5, seed=8), torch.tensor([2])

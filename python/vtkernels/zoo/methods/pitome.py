@@ -8,9 +8,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from vtkernels import bipartite_match, merge_apply
+from vtkernels import bipartite_match, energy_scores, merge_apply
 from vtkernels.zoo.merging import LayerContext, LayerMerge, LayerMerging, geometric
 from vtkernels.zoo.methods.tome import merge_even_odd
 from vtkernels.zoo.recipe import Encoder
@@ -107,16 +106,10 @@ class PiToMe(LayerMerging):
         return self.released_llava and layer < round(_RELEASED_BSM * num_layers / 24)
 
 
-def energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
-    """float32 [B, n]: how much each token resembles all."""
-    unit = functional.normalize(metric.float(), dim=-1)
-    return functional.elu(unit @ unit.mT - margin, alpha=alpha).mean(-1)
-
-
 def _match(metric: Tensor, r: int, margin: float, alpha: float, split_all: bool) -> Tensor:
     """The owner map int64 [B, n] of one layer, its rows in the method's order."""
     n = metric.shape[1]
-    rank = energy(metric, margin, alpha).argsort(dim=1, descending=True, stable=True).argsort(1)
+    rank = energy_scores(metric, margin=margin, alpha=alpha).argsort(dim=1, descending=True, stable=True).argsort(1)
     owner, similarity = bipartite_match(metric, r, rank=rank, protect=None if split_all else rank >= 2 * r)
     destination = rank % 2 == 1
     taken = torch.zeros_like(rank).scatter_reduce(1, owner, destination.long(), "amax").gather(1, owner) > 0
