@@ -1,4 +1,4 @@
-# make demo   set up, build, and see a vision-language model prune its visual tokens
+# make demo   set up, build, and see a vision-language model answer with all its visual tokens and with a part of them
 # make test   set up, build, and run every check that CI runs
 # make bench  the benchmarks against the peers
 # Everything goes into .venv and build/; nothing else on the machine is touched.
@@ -13,6 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 demo: $(VENV)/.built
 	$(BIN)/vtk demo
+	$(BIN)/vtk eval --methods fastervlm,mmtok,todre --questions 120 --rounds 1
 
 # NOTE: two workers with two threads each on two cores run many times slower than with one thread each.
 test: $(VENV)/.built lint

@@ -25,7 +25,7 @@ class Geometry(str, Enum):
 def demo(
     image: Path | None = typer.Option(None, help="A picture; default: a rendered scene, or a photograph (clip-l)."),
     geometry: Geometry = typer.Option(
-        Geometry.clip_l, help="Random weights at LLaVA-1.5's CLIP-L/336 geometry, or the embedded model (once trained)."
+        Geometry.embedded, help="The embedded model, or random weights at LLaVA-1.5's CLIP-L/336 geometry, for timings."
     ),
     model: Path | None = typer.Option(None, help="A local Hugging Face LLaVA checkpoint instead."),
     method: list[str] = typer.Option(["fastervlm", "hiprune", "todre"], help="Pruning method, repeatable."),
@@ -43,7 +43,7 @@ def demo(
     from vtkernels import demo as run
 
     if video and (geometry is not Geometry.embedded or model is not None):
-        _stop("--video shows the embedded model: add --geometry embedded, without --model")
+        _stop("--video shows the embedded model: leave out --geometry and --model")
     try:
         where = run.device_of(device)
         with console.status("loading the model"):

@@ -159,8 +159,6 @@ def test_demo_answers_and_draws(tmp_path, arguments):
         cli.app,
         [
             "demo",
-            "--geometry",
-            "embedded",
             "--rounds",
             "1",
             "--method",

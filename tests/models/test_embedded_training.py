@@ -176,5 +176,5 @@ def test_a_folder_without_weights_is_named(tmp_path):
 
 
 def test_the_demo_says_what_videos_need():
-    run = CliRunner().invoke(cli.app, ["demo", "--video"])
-    assert run.exit_code == 1 and "--geometry embedded" in run.output
+    run = CliRunner().invoke(cli.app, ["demo", "--video", "--geometry", "clip-l"])
+    assert run.exit_code == 1 and "leave out --geometry" in run.output

@@ -65,6 +65,8 @@ def text_config(num_hidden_layers: int) -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
+        # Half of the dimensions see 2000 tokens as one place: a word is found wherever it stands.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=0.05,
         tie_word_embeddings=True,
         pad_token_id=PAD,

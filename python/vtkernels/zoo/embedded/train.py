@@ -41,7 +41,7 @@ from vtkernels.zoo.embedded import model as embedded
 from vtkernels.zoo.embedded import questions, scenes, videos
 from vtkernels.zoo.embedded.scenes import COLOUR_NAMES, COLUMNS, KINDS, NOTHING, ROWS, PatchLabels, Scenes
 
-TASKS = ("digit",) * 2 + ("count",) * 5 + ("where",) * 3 + ("compare",) * 3 + ("beside",) * 2
+TASKS = ("digit",) * 2 + ("count",) * 5 + ("where",) * 2 + ("compare",) * 3 + ("beside",) * 3
 VIDEO_TASKS = videos.TASKS * 2
 NEIGHBOURS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 IGNORED = -100  # cross_entropy's own
@@ -60,16 +60,14 @@ class Config:
     """The committed run's settings."""
 
     seed: int = 0
-    see_steps: int = 1500
-    answer_steps: int = 6000
+    see_steps: int = 3000
+    answer_steps: int = 3500
     video_steps: int = 2500
-    draft_steps: int = 600
+    draft_steps: int = 500
     batch: int = 8
     learning_rate: float = 1.5e-3
-    see_share: float = 0.3  # of the steps of the second stage that go on training the tower
-    tower_scale: float = 1.0  # of the learning rate, for the tower in the second stage
+    see_share: float = 0.2  # of the steps of the second stage that go on training the tower
     warmup: int = 100
-    fall: int = 1000  # steps in which the learning rate falls to zero
     probe_every: int = 250
     save_seconds: float = 60.0
 
@@ -91,11 +89,15 @@ class Config:
         raise IndexError("the run is over")
 
     def rate(self, step: int) -> float:
-        """The learning rate: a linear warm-up in every stage, and a linear fall at the end of each model."""
-        _, number = self.stage_of(step)
-        total = sum(self.stages.values())
-        end = total if step >= total - self.draft_steps else total - self.draft_steps
-        return self.learning_rate * min(1.0, (number + 1) / self.warmup, (end - step) / self.fall)
+        """The learning rate: warm at the start of every stage; it falls to zero from the first answers to the last
+        video, without which counting stays at two thirds, and again over the draft model's stage."""
+        stage, number = self.stage_of(step)
+        left = 1.0
+        if stage == "draft":
+            left = 1 - number / self.draft_steps
+        elif stage != "see":
+            left = 1 - (step - self.see_steps) / (self.answer_steps + self.video_steps)
+        return self.learning_rate * min((number + 1) / self.warmup, left)
 
 
 class Heads(nn.Module):
@@ -145,7 +147,7 @@ class Run:
         """One step; returns its losses."""
         stage, _ = self.config.stage_of(self.step)
         rate = self.config.rate(self.step)
-        scales = {"see": (1, 1, 0), "draft": (0, 0, 1)}.get(stage, (self.config.tower_scale, 1, 0))
+        scales = (0, 0, 1) if stage == "draft" else (1, 1, 0)
         for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
             group["lr"] = rate * scale
         rng = np.random.default_rng([self.config.seed, 1, self.step])
