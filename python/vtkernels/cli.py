@@ -28,7 +28,7 @@ def demo(
         Geometry.embedded, help="The embedded model, or random weights at LLaVA-1.5's CLIP-L/336 geometry, for timings."
     ),
     model: Path | None = typer.Option(None, help="A local Hugging Face LLaVA checkpoint instead."),
-    method: list[str] = typer.Option(["fastervlm", "hiprune", "todre"], help="Pruning method, repeatable."),
+    method: list[str] = typer.Option(["mmtok", "fastervlm", "todre"], help="Pruning method, repeatable."),
     keep: int = typer.Option(64, help="Visual tokens to keep of each image."),
     question: str | None = typer.Option(None, help="Asked instead of the scene's questions."),
     video: bool = typer.Option(False, help="A rendered video of eight frames, for the embedded model."),
