@@ -6,6 +6,7 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
+from vtkernels.ops.attention import block_sparse_attention
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, unmerge
 from vtkernels.ops.score import attention_scores
 from vtkernels.ops.select import (
@@ -22,6 +23,7 @@ __all__ = [
     "attention_scores",
     "bipartite_match",
     "bipartite_merge",
+    "block_sparse_attention",
     "merge_apply",
     "prune_gather",
     "prune_gather_attention",

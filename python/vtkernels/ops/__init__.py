@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import merge, score, select
+from vtkernels.ops import attention, merge, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -13,6 +13,7 @@ PUBLIC = {
     "prune_gather.tensors": select.prune_gather_tensors,
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
+    "block_sparse_attention": attention.block_sparse_attention,
     "bipartite_match": merge.bipartite_match,
     "merge_apply": merge.merge_apply,
     "unmerge": merge.unmerge,
