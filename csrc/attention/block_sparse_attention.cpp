@@ -113,6 +113,10 @@ BlockLists lists_view(const BlockSparseAttentionParams& p, const std::string& na
   lists.entry_stride_head = stride(*indices, 1);
   lists.entry_stride_row = stride(*indices, 2);
   lists.capacity = check_count(kOp, "list capacity", indices->size(3));
+#if defined(VTK_BACKEND_CUDA)
+  VTK_CHECK(kOp, lists.capacity < 1 << 24, "expected ", indices_name, " with fewer than 2^24 entries a list on CUDA, got ",
+            shape_text(*indices));
+#endif
   if (p.batch > 0 && p.num_heads > 0) check_entries(p, name, lists, rows, limit);
   return lists;
 }
@@ -174,6 +178,10 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
   if (int64_t{p.batch} * p.num_heads * p.num_queries == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
+#if defined(VTK_BACKEND_CUDA)
+  Tensor workspace = empty({block_sparse_attention_workspace(p)}, ScalarType::Float, query);
+  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+#endif
   VTK_LAUNCH(kOp, block_sparse_attention, p, query);
   return {out, lse};
 }

@@ -55,11 +55,13 @@ struct BlockSparseAttentionParams {
 
   void* out;   // [B, H, Q, D], contiguous
   float* lse;  // [B, H, Q], natural log
+  float* workspace;  // CUDA only: block_sparse_attention_workspace(params) floats
 };
 
 VTK_CPU_KERNEL(void, block_sparse_attention_cpu, BlockSparseAttentionParams)
 
 #if defined(__CUDACC__) || defined(VTK_BACKEND_CUDA)
+int64_t block_sparse_attention_workspace(const BlockSparseAttentionParams& params);
 cudaError_t block_sparse_attention_cuda(const BlockSparseAttentionParams& params, cudaStream_t stream);
 #endif
 

@@ -1,0 +1,480 @@
+// block_sparse_attention on CUDA, sm_80 and later.
+//
+// out_i = sum over listed n of softmax_n(scale q_i k_n + bias_n) v_n, logits in powers of two, online softmax
+//
+//   attend  block = (batch, head, up to 128 rows of a query block, part of its lists). Few queries: the heads of a key
+//           head are rows of one block where they share their lists.
+//     many rows  a warp = 16 rows x all keys of a tile (64 keys; fewer where D is large)
+//     few rows   up to 16 rows: a warp = these x 16 keys of a tile (float32: 8); warps are merged at the end (decoding)
+//   merge   block = row: adds the parts in their order. Only where long lists were cut; the cut depends on shapes alone.
+//
+// Warp 0 turns lists into key numbers two tiles ahead (block_sparse_key_tiles.cuh), everybody copies the rows of K and
+// V by those numbers one tile ahead, 16 bytes a cp.async, so blocks, unaligned ranges and columns cost the same. Tiles
+// that every row sees whole skip the masks. One barrier a tile. Products: block_sparse_warp.cuh.
+// Query blocks are taken last first: under a causal mask these have the longest lists. No longest-first order beyond it.
+//
+//   shared  2 stages of K and V: 68 KiB at 256 bytes a row and above, (D * bytes + 16) * 256 below; Q on top where the
+//           registers do not hold it (float32, D 256)
+//   bound   4 D operations a listed pair on tensor cores; an R-row block does R operations per byte of L2 (R = 64, 128).
+//           Few rows: reading listed K and V once.
+//   lost    not measured yet
+#include <algorithm>
+
+#include "attention/block_sparse_key_tiles.cuh"
+#include "attention/block_sparse_warp.cuh"
+#include "device/launch.h"
+
+namespace vtk {
+namespace {
+
+constexpr int kStageBytes = 16 << 10;  // of K or V, without padding
+constexpr int kStages = 2;
+constexpr int kListAhead = kStages + 1;  // key tiles: multiplied, copied, listed
+constexpr int32_t kFewRows = 16;
+constexpr int32_t kPackBelow = 64;   // queries: more fill the tiles of a head by themselves
+constexpr int32_t kPartKeys = 256;   // listed keys that pay for a part
+constexpr int32_t kMaxParts = 512;
+
+constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+
+template <class Element, int kDepthBucket, bool kFew>
+struct Policy {
+  using T = Element;
+  static constexpr int kDepth = kDepthBucket;
+  static constexpr int kFit = kStageBytes / (kDepth * static_cast<int>(sizeof(T)));
+  static constexpr int kKeys = kFit >= 64 ? 64 : kFit >= 32 ? 32 : 16;  // of a tile
+  static constexpr int kWarpKeys = !kFew ? kKeys : sizeof(T) == 4 ? 8 : 16;
+  static constexpr int kKeyWarps = kKeys / kWarpKeys;
+  using Warp = typename WarpOf<T, kDepth, kWarpKeys>::Type;
+
+  static constexpr int kMaxRows = kFew ? kFewRows : Warp::kHoldsQuery ? 128 : 64;
+  static constexpr int kMaxThreads = kMaxRows / 16 * kKeyWarps * 32;
+  static constexpr int kRowBytes = Warp::kRowBytes;
+  static constexpr int kTileBytes = kKeys * kRowBytes;
+  static constexpr int kOutFloats = kDepth + 8;  // a row of the output in shared memory; 8 against bank conflicts
+  static constexpr int kElements = 16 / sizeof(T);
+  static constexpr int kVectors = kDepth / kElements;
+
+  // Q stays beside the stages, or passes through them into registers.
+  static constexpr int query_bytes(int rows) { return Warp::kHoldsQuery ? 0 : rows * kRowBytes; }
+  static constexpr int shared_bytes(int rows) { return query_bytes(rows) + 2 * kStages * kTileBytes; }
+  static_assert(kKeyWarps * kMaxRows * kOutFloats * 4 <= shared_bytes(kMaxRows), "the output is staged there too");
+};
+
+// How the work is cut. Only `rows` may depend on the device, and no bit of the result depends on it.
+struct Plan {
+  int32_t group;         // heads that are rows of one block
+  int32_t query_blocks;  // Mq
+  int32_t rows;          // of a block, a multiple of 16
+  int32_t row_tiles;     // blocks that share a query block
+  int32_t parts;         // blocks that share its lists
+  int64_t value_floats;  // workspace: values [B, H, Q, parts, D], then their maxima and sums [B, H, Q, parts, 2]
+  int64_t workspace_floats;
+  bool aligned;      // rows of query, key and value start and end at multiples of 16 bytes
+  bool out_aligned;  // the same of out
+};
+
+struct Place {
+  int32_t query, head;
+};
+
+// What a block works on.
+struct Task {
+  int32_t b, h, block, first_row, num_rows, part;
+  __device__ Task(const BlockSparseAttentionParams& p, const Plan& plan) {
+    int32_t x = blockIdx.x;
+    part = x % plan.parts, x /= plan.parts;
+    first_row = x % plan.row_tiles * plan.rows, x /= plan.row_tiles;
+    block = plan.query_blocks - 1 - x % plan.query_blocks, x /= plan.query_blocks;
+    const int32_t heads = p.num_heads / plan.group;
+    h = x % heads * plan.group, b = x / heads;
+    num_rows = min(plan.rows, min(p.block_q, p.num_queries - block * p.block_q) * plan.group - first_row);
+  }
+  __device__ Place place(const BlockSparseAttentionParams& p, const Plan& plan, int32_t row) const {
+    const PackedRow at = packed_row(first_row + row, plan.group);
+    return {block * p.block_q + at.query, h + at.head};
+  }
+  // Of [B, H, Q].
+  __device__ int64_t out_row(const BlockSparseAttentionParams& p, const Plan& plan, int32_t row) const {
+    const Place at = place(p, plan, row);
+    return (static_cast<int64_t>(b) * p.num_heads + at.head) * p.num_queries + at.query;
+  }
+};
+
+// Elements [d, d + 16 bytes) of a row to shared memory; zeros beyond D, and where there is no row (null).
+template <class T>
+__device__ void copy_vector(unsigned char* to, const T* row, const void* readable, int32_t d, int32_t depth,
+                            bool aligned) {
+  const bool present = row != nullptr && d < depth;
+  if (aligned) {
+    ptx::cp_async_16(to, present ? row + d : readable, present);
+  } else {
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i)
+      reinterpret_cast<T*>(to)[i] = present && d + i < depth ? row[d + i] : T(0.0f);
+  }
+}
+
+// copy(row, offset of 16 bytes in a tile, their first element) over a tile, by all threads of the block.
+template <class P, class Copy>
+__device__ void for_each_vector(int rows, const Copy& copy) {
+  constexpr int kLanes = power_of_two_from(P::kVectors);
+  const int vector = threadIdx.x % kLanes;
+  if (vector >= P::kVectors) return;
+#pragma unroll 4
+  for (int row = threadIdx.x / kLanes; row < rows; row += blockDim.x / kLanes)
+    copy(row, row * P::kRowBytes + vector * 16, vector * P::kElements);
+}
+
+// The running softmax of a lane's rows. Sums are those of the lane's keys.
+template <class Warp>
+struct RunningRows {
+  float most[Warp::kRows];  // in powers of two
+  float sum[Warp::kRows];
+  int32_t limit[Warp::kRows];  // causal
+};
+
+// Turns the products of a tile into weights, and scales what was summed before to the new maximum.
+template <class Warp, int kKeys>
+__device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key, float scale) {
+  float factor = scale;
+  if (tile.state != TileState::kWhole) {
+    const bool causal = tile.state == TileState::kCausal;
+#pragma unroll
+    for (int j = 0; j < Warp::kColumns; ++j) {
+      const int32_t n = tile.key[first_key + Warp::column(j)];
+      const float bias = tile.bias[first_key + Warp::column(j)];
+#pragma unroll
+      for (int i = 0; i < Warp::kRows; ++i) {
+        const bool seen = n < (causal ? rows.limit[i] : kAbsent);
+        warp.score[i][j] = seen ? fmaf(warp.score[i][j], scale, bias) : -kInfinity;
+      }
+    }
+    factor = 1.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < Warp::kRows; ++i) {
+    // The maximum may miss a NaN, the sum does not.
+    float best = warp.score[i][0];
+#pragma unroll
+    for (int j = 1; j < Warp::kColumns; ++j) best = fmaxf(best, warp.score[i][j]);
+    best = fmaxf(rows.most[i], factor * warp_reduce<Warp::kRowLanes>(best, Max{}));
+    const float shift = best == -kInfinity ? 0.0f : best;
+    const float correct = ptx::exp2_approx(rows.most[i] - shift);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < Warp::kColumns; ++j) {
+      warp.score[i][j] = ptx::exp2_approx(fmaf(warp.score[i][j], factor, -shift));
+      sum += warp.score[i][j];
+    }
+    rows.sum[i] = fmaf(rows.sum[i], correct, sum);
+    rows.most[i] = best;
+#pragma unroll
+    for (int c = 0; c < Warp::kChannels; ++c) warp.out[i][c] *= correct;
+  }
+}
+
+// Stores kCount channels, of which `left` exist; aligned: all of them do, at a multiple of 16 bytes.
+template <class T, int kCount>
+__device__ void store_channels(T* to, const float (&x)[kCount], int32_t left, bool aligned) {
+  if (aligned) {
+    __align__(16) T y[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] = from_float<T>(x[i]);
+#pragma unroll
+    for (int i = 0; i < kCount * static_cast<int>(sizeof(T)) / 16; ++i)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(y)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (i < left) to[i] = from_float<T>(x[i]);
+  }
+}
+
+__device__ inline float lse_of(float most, float sum) {
+  return sum == 0.0f ? -kInfinity : (most + log2f(sum)) * kLn2;
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::kMaxThreads)
+    attend_kernel(const __grid_constant__ BlockSparseAttentionParams p, const __grid_constant__ Plan plan) {
+  VTK_DYNAMIC_SHARED(shared);
+  __shared__ KeyTile<P::kKeys> sTiles[kListAhead];
+  __shared__ float2 sState[P::kKeyWarps * P::kMaxRows];
+  using T = typename P::T;
+  using Warp = typename P::Warp;
+  const Task task(p, plan);
+  if (task.num_rows <= 0) return;
+  const int warp_number = threadIdx.x / 32;
+  const int warp_row = warp_number / P::kKeyWarps * 16, warp_key = warp_number % P::kKeyWarps * P::kWarpKeys;
+  const int32_t key_head = task.h / (p.num_heads / p.key_heads);
+  const T* gK = static_cast<const T*>(p.key.data) + task.b * p.key.stride_batch + key_head * p.key.stride_head;
+  const T* gV = static_cast<const T*>(p.value.data) + task.b * p.value.stride_batch + key_head * p.value.stride_head;
+  unsigned char* sStages = shared + P::query_bytes(plan.rows);
+  const unsigned char* sQ = shared + warp_row * P::kRowBytes;
+
+  // List the first keys and bring the queries.
+  KeyTiles<P::kKeys> tiles(p, task.b, task.h, task.block, task.place(p, plan, 0).query,
+                           task.place(p, plan, task.num_rows - 1).query, plan.parts, task.part);
+  if (warp_number == 0) {
+    tiles.next(sTiles[0]);
+    tiles.next(sTiles[1]);
+  }
+  for_each_vector<P>(plan.rows, [&](int row, int offset, int d) {
+    const Place at = task.place(p, plan, min(row, task.num_rows - 1));
+    const T* gQ = static_cast<const T*>(p.query.data) + task.b * p.query.stride_batch +
+                  at.head * p.query.stride_head + at.query * p.query.stride_row;
+    copy_vector<T>(shared + offset, row < task.num_rows ? gQ : nullptr, p.query.data, d, p.head_dim, plan.aligned);
+  });
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  Warp warp;
+  warp.hold_query(sQ);
+  if (Warp::kHoldsQuery) __syncthreads();  // before the stages are filled
+
+  RunningRows<Warp> rows;
+#pragma unroll
+  for (int i = 0; i < Warp::kRows; ++i) {
+    rows.most[i] = -kInfinity;
+    rows.sum[i] = 0.0f;
+    const int32_t row = min(warp_row + Warp::row(i), task.num_rows - 1);
+    rows.limit[i] = limit_of(p, task.place(p, plan, row).query, length_of(p, task.b));
+#pragma unroll
+    for (int c = 0; c < Warp::kChannels; ++c) warp.out[i][c] = 0.0f;
+  }
+
+  auto copy_tile = [&](const KeyTile<P::kKeys>& tile, unsigned char* sK) {
+    for_each_vector<P>(P::kKeys, [&](int row, int offset, int d) {
+      const int64_t n = tile.key[row];
+      copy_vector<T>(sK + offset, n != kAbsent ? gK + n * p.key.stride_row : nullptr, gK, d, p.head_dim, plan.aligned);
+      copy_vector<T>(sK + P::kTileBytes + offset, n != kAbsent ? gV + n * p.value.stride_row : nullptr, gV, d,
+                     p.head_dim, plan.aligned);
+    });
+    ptx::cp_async_commit();
+  };
+  if (sTiles[0].state != TileState::kEnd) copy_tile(sTiles[0], sStages);
+
+  unsigned char *sNow = sStages, *sNext = sStages + 2 * P::kTileBytes;
+  KeyTile<P::kKeys>*now = &sTiles[0], *next = &sTiles[1], *after = &sTiles[2];
+  while (now->state != TileState::kEnd) {
+    // This tile has come, and the one before is done with.
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (warp_number == 0) tiles.next(*after);
+    if (next->state != TileState::kEnd) copy_tile(*next, sNext);
+
+    // Multiply.
+    const unsigned char* sK = sNow + warp_key * P::kRowBytes;
+    warp.multiply_keys(sQ, sK);
+    weigh(warp, rows, *now, warp_key, p.scale * kLog2E);
+    warp.multiply_values(sK + P::kTileBytes);
+
+    unsigned char* sDone = sNow;
+    sNow = sNext, sNext = sDone;
+    KeyTile<P::kKeys>* done = now;
+    now = next, next = after, after = done;
+  }
+
+  // Leave values, maxima and sums where all threads see them.
+  __syncthreads();
+  float* sOut = reinterpret_cast<float*>(shared);  // [key warps][rows][kOutFloats]
+  const int first_staged = warp_number % P::kKeyWarps * plan.rows + warp_row;
+#pragma unroll
+  for (int i = 0; i < Warp::kRows; ++i) {
+    const int staged = first_staged + Warp::row(i);
+    const float sum = warp_reduce<Warp::kRowLanes>(rows.sum[i], Sum{});
+    if (threadIdx.x % Warp::kRowLanes == 0) sState[staged] = make_float2(rows.most[i], sum);
+#pragma unroll
+    for (int c = 0; c < Warp::kChannels; ++c) sOut[staged * P::kOutFloats + Warp::channel(c)] = warp.out[i][c];
+  }
+  __syncthreads();
+
+  // Merge the key warps of a row: its factors, its state.
+  if (static_cast<int32_t>(threadIdx.x) < task.num_rows) {
+    const int32_t row = threadIdx.x;
+    float most = -kInfinity, sum = 0.0f, factor[P::kKeyWarps];
+#pragma unroll
+    for (int w = 0; w < P::kKeyWarps; ++w) most = fmaxf(most, sState[w * plan.rows + row].x);
+#pragma unroll
+    for (int w = 0; w < P::kKeyWarps; ++w) {
+      const float2 state = sState[w * plan.rows + row];
+      factor[w] = ptx::exp2_approx(state.x - (most == -kInfinity ? 0.0f : most));
+      sum = fmaf(state.y, factor[w], sum);
+    }
+    const int64_t out_row = task.out_row(p, plan, row);
+    float by_sum = 1.0f;
+    if (plan.parts == 1) {
+      by_sum = sum == 0.0f ? 0.0f : 1.0f / sum;
+      p.lse[out_row] = lse_of(most, sum);
+    } else {
+      float2* gStates = reinterpret_cast<float2*>(p.workspace + plan.value_floats);
+      gStates[out_row * plan.parts + task.part] = make_float2(most, sum);
+    }
+#pragma unroll
+    for (int w = 0; w < P::kKeyWarps; ++w) sState[w * plan.rows + row].x = factor[w] * by_sum;
+  }
+  __syncthreads();
+
+  // Write rows, 16 bytes of the output a thread.
+  for (int v = threadIdx.x; v < task.num_rows * P::kVectors; v += blockDim.x) {
+    const int row = v / P::kVectors, d = v % P::kVectors * P::kElements;
+    if (d >= p.head_dim) continue;
+    float x[P::kElements] = {};
+#pragma unroll
+    for (int w = 0; w < P::kKeyWarps; ++w) {
+      const float* from = sOut + (w * plan.rows + row) * P::kOutFloats + d;
+      const float factor = sState[w * plan.rows + row].x;
+#pragma unroll
+      for (int i = 0; i < P::kElements; ++i) x[i] = fmaf(from[i], factor, x[i]);
+    }
+    const int64_t out_row = task.out_row(p, plan, row);
+    if (plan.parts == 1)
+      store_channels(static_cast<T*>(p.out) + out_row * p.head_dim + d, x, p.head_dim - d, plan.out_aligned);
+    else
+      store_channels(p.workspace + (out_row * plan.parts + task.part) * p.head_dim + d, x, p.head_dim - d,
+                     plan.out_aligned);
+  }
+}
+
+constexpr int kMergeThreads = 256;
+constexpr int kMergeChannels = 64;  // taken at a time; the threads that share a channel take a range of the parts each
+constexpr int kMergeRanges = kMergeThreads / kMergeChannels;
+
+// blockIdx.x = row of [B, H, Q].
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ BlockSparseAttentionParams p, const __grid_constant__ Plan plan) {
+  __shared__ float sWeight[kMaxParts], sWarps[kMergeThreads / 32], sValues[kMergeRanges][kMergeChannels];
+  const float2* gStates =
+      reinterpret_cast<const float2*>(p.workspace + plan.value_floats) + int64_t{blockIdx.x} * plan.parts;
+  float most = -kInfinity, sum = 0.0f;
+  for (int32_t part = threadIdx.x; part < plan.parts; part += kMergeThreads) most = fmaxf(most, gStates[part].x);
+  most = block_reduce<kMergeThreads>(most, Max{}, sWarps);
+  for (int32_t part = threadIdx.x; part < plan.parts; part += kMergeThreads) {
+    const float weight = ptx::exp2_approx(gStates[part].x - (most == -kInfinity ? 0.0f : most));
+    sWeight[part] = weight;
+    sum = fmaf(gStates[part].y, weight, sum);
+  }
+  sum = block_reduce<kMergeThreads>(sum, Sum{}, sWarps);
+  const float by_sum = sum == 0.0f ? 0.0f : 1.0f / sum;
+  if (threadIdx.x == 0) p.lse[blockIdx.x] = lse_of(most, sum);
+
+  const int channel = threadIdx.x % kMergeChannels, range = threadIdx.x / kMergeChannels;
+  const Range parts = split_range(plan.parts, kMergeRanges, range);
+  for (int32_t d = channel; d < round_up(p.head_dim, kMergeChannels); d += kMergeChannels) {
+    const float* gValues = p.workspace + int64_t{blockIdx.x} * plan.parts * p.head_dim + min(d, p.head_dim - 1);
+    float value = 0.0f;
+#pragma unroll 8
+    for (int32_t part = parts.begin; part < parts.end; ++part)
+      value = fmaf(gValues[int64_t{part} * p.head_dim], sWeight[part], value);
+    __syncthreads();  // the readers of the channels before are done
+    sValues[range][channel] = value;
+    __syncthreads();
+    if (range != 0 || d >= p.head_dim) continue;
+    for (int i = 1; i < kMergeRanges; ++i) value += sValues[i][channel];
+    static_cast<T*>(p.out)[int64_t{blockIdx.x} * p.head_dim + d] = from_float<T>(value * by_sum);
+  }
+}
+
+int32_t heads_of_a_block(const BlockSparseAttentionParams& p) {
+  for (const BlockLists* lists : {&p.partial, &p.full, &p.columns})
+    if (lists->count_stride_head != 0 || lists->entry_stride_head != 0) return 1;
+  return p.num_queries < kPackBelow ? p.num_heads / p.key_heads : 1;
+}
+
+// Rows that share a list, at most.
+int32_t list_rows(const BlockSparseAttentionParams& p) {
+  return std::min(p.block_q, p.num_queries) * heads_of_a_block(p);
+}
+
+// Keys of a list, at most: lists that repeat keys are not worth a finer cut.
+int64_t listed_keys(const BlockSparseAttentionParams& p) {
+  auto keys = [&](const BlockLists& lists, int64_t size) { return std::min<int64_t>(lists.capacity * size, p.num_keys); };
+  return keys(p.partial, p.block_k) + keys(p.full, p.block_k) + keys(p.columns, 1);
+}
+
+template <class P>
+Plan make_plan(const BlockSparseAttentionParams& p) {
+  using T = typename P::T;
+  Plan plan = {};
+  plan.group = heads_of_a_block(p);
+  plan.query_blocks = ceil_div(p.num_queries, p.block_q);
+  const int32_t shared_rows = list_rows(p);
+  for (plan.rows = 16; plan.rows < std::min(shared_rows, P::kMaxRows);) plan.rows *= 2;
+  plan.row_tiles = ceil_div(shared_rows, plan.rows);
+  const int64_t heads = int64_t{p.batch} * (p.num_heads / plan.group);
+  const int64_t blocks = heads * plan.query_blocks * plan.row_tiles;
+  plan.parts = static_cast<int32_t>(
+      std::clamp<int64_t>(std::min(kFillBlocks / blocks, listed_keys(p) / kPartKeys), 1, kMaxParts));
+  const int64_t part_rows = int64_t{p.batch} * p.num_heads * p.num_queries * plan.parts;
+  plan.value_floats = round_up<int64_t>(part_rows * p.head_dim, 4);
+  plan.workspace_floats = plan.parts == 1 ? 0 : plan.value_floats + part_rows * 2;
+  auto bits = [](const HeadsView& x) {
+    return reinterpret_cast<uint64_t>(x.data) | (x.stride_batch | x.stride_head | x.stride_row) * sizeof(T);
+  };
+  plan.out_aligned = p.head_dim * sizeof(T) % 16 == 0;
+  plan.aligned = plan.out_aligned && (bits(p.query) | bits(p.key) | bits(p.value)) % 16 == 0;
+  return plan;
+}
+
+template <class P>
+cudaError_t launch_attention(const BlockSparseAttentionParams& p, cudaStream_t stream) {
+  Plan plan = make_plan<P>(p);
+  constexpr int kStaticBytes = 4 << 10;
+  while (plan.rows > 32 && P::shared_bytes(plan.rows) + kStaticBytes > max_shared_bytes()) plan.rows /= 2;
+  plan.row_tiles = ceil_div(list_rows(p), plan.rows);
+  const int64_t heads = int64_t{p.batch} * (p.num_heads / plan.group);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(heads * plan.query_blocks * plan.row_tiles * plan.parts));
+  shape.block = dim3(plan.rows / 16 * P::kKeyWarps * 32);
+  shape.shared_bytes = P::shared_bytes(plan.rows);
+  cudaError_t error = launch(attend_kernel<P>, shape, stream, p, plan);
+  if (error != cudaSuccess || plan.parts == 1) return error;
+  shape.grid = dim3(static_cast<unsigned>(int64_t{p.batch} * p.num_heads * p.num_queries));
+  shape.block = dim3(kMergeThreads);
+  shape.shared_bytes = 0;
+  return launch(merge_kernel<typename P::T>, shape, stream, p, plan);
+}
+
+// run(Policy<...>{}) with the policy of these shapes.
+template <class T, class Run>
+auto with_depth(const BlockSparseAttentionParams& p, const Run& run) {
+  const int32_t d = p.head_dim;
+#ifdef DEV
+  if (list_rows(p) <= kFewRows) return run(Policy<T, 64, true>{});
+  return run(Policy<T, 32, false>{});
+#endif
+  if (list_rows(p) <= kFewRows) {
+    if (d <= 64) return run(Policy<T, 64, true>{});
+    if (d <= 128) return run(Policy<T, 128, true>{});
+    return run(Policy<T, 256, true>{});
+  }
+  if (d <= 32) return run(Policy<T, 32, false>{});
+  if (d <= 64) return run(Policy<T, 64, false>{});
+  if (d <= 96) return run(Policy<T, 96, false>{});
+  if (d <= 128) return run(Policy<T, 128, false>{});
+  return run(Policy<T, 256, false>{});
+}
+
+template <class Run>
+auto with_policy(const BlockSparseAttentionParams& p, const Run& run) {
+  switch (p.dtype) {
+    case DType::kFloat32: return with_depth<float>(p, run);
+#ifndef DEV
+    case DType::kFloat16: return with_depth<__half>(p, run);
+#endif
+    default: return with_depth<__nv_bfloat16>(p, run);
+  }
+}
+
+}  // namespace
+
+int64_t block_sparse_attention_workspace(const BlockSparseAttentionParams& p) {
+  return with_policy(p, [&](auto policy) { return make_plan<decltype(policy)>(p).workspace_floats; });
+}
+
+cudaError_t block_sparse_attention_cuda(const BlockSparseAttentionParams& p, cudaStream_t stream) {
+  return with_policy(p, [&](auto policy) { return launch_attention<decltype(policy)>(p, stream); });
+}
+
+}  // namespace vtk
