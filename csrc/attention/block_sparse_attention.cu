@@ -29,7 +29,6 @@ namespace {
 
 constexpr int kStageBytes = 16 << 10;  // of K or V, without padding
 constexpr int kStages = 2;
-constexpr int kListAhead = kStages + 1;  // key tiles: multiplied, copied, listed
 constexpr int32_t kFewRows = 16;
 constexpr int32_t kPackBelow = 64;   // queries: more fill the tiles of a head by themselves
 constexpr int32_t kPartKeys = 256;   // listed keys that pay for a part
@@ -48,7 +47,8 @@ struct Policy {
   using Warp = typename WarpOf<T, kDepth, kWarpKeys>::Type;
 
   static constexpr int kMaxRows = kFew ? kFewRows : Warp::kHoldsQuery ? 128 : 64;
-  static constexpr int kMaxThreads = kMaxRows / 16 * kKeyWarps * 32;
+  // A register file holds 16, 12 or 8 warps with so many.
+  static constexpr int kRegisters = kDepth <= 64 ? 128 : kDepth <= 128 ? 168 : 255;
   static constexpr int kRowBytes = Warp::kRowBytes;
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kOutFloats = kDepth + 8;  // a row of the output in shared memory; 8 against bank conflicts
@@ -102,27 +102,55 @@ struct Task {
 };
 
 // Elements [d, d + 16 bytes) of a row to shared memory; zeros beyond D, and where there is no row (null).
-template <class T>
-__device__ void copy_vector(unsigned char* to, const T* row, const void* readable, int32_t d, int32_t depth,
-                            bool aligned) {
+template <bool kAligned, class T>
+__device__ void copy_vector(unsigned char* to, const T* row, const T* readable, int32_t d, int32_t depth) {
   const bool present = row != nullptr && d < depth;
-  if (aligned) {
+  if constexpr (kAligned) {
     ptx::cp_async_16(to, present ? row + d : readable, present);
   } else {
+#pragma unroll 1
     for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i)
       reinterpret_cast<T*>(to)[i] = present && d + i < depth ? row[d + i] : T(0.0f);
   }
 }
 
 // copy(row, offset of 16 bytes in a tile, their first element) over a tile, by all threads of the block.
-template <class P, class Copy>
+template <class P, int kUnroll, class Copy>
 __device__ void for_each_vector(int rows, const Copy& copy) {
   constexpr int kLanes = power_of_two_from(P::kVectors);
   const int vector = threadIdx.x % kLanes;
   if (vector >= P::kVectors) return;
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int row = threadIdx.x / kLanes; row < rows; row += blockDim.x / kLanes)
     copy(row, row * P::kRowBytes + vector * 16, vector * P::kElements);
+}
+
+// The rows of Q; zeros beyond the block's.
+template <class P, bool kAligned>
+__device__ void copy_queries(const BlockSparseAttentionParams& p, const Plan& plan, const Task& task,
+                             unsigned char* sQ) {
+  using T = typename P::T;
+  const T* gQ = static_cast<const T*>(p.query.data) + task.b * p.query.stride_batch;
+  for_each_vector<P, 1>(plan.rows, [&](int row, int offset, int d) {
+    const Place at = task.place(p, plan, row);
+    const T* gRow = gQ + at.head * p.query.stride_head + at.query * p.query.stride_row;
+    copy_vector<kAligned>(sQ + offset, row < task.num_rows ? gRow : nullptr, gQ, d, p.head_dim);
+  });
+  ptx::cp_async_commit();
+}
+
+// The rows of K and V that a tile lists.
+template <class P, bool kAligned>
+__device__ void copy_tile(const BlockSparseAttentionParams& p, const KeyTile<P::kKeys>& tile,
+                          const typename P::T* gK, const typename P::T* gV, unsigned char* sK) {
+  for_each_vector<P, kAligned ? 4 : 1>(P::kKeys, [&](int row, int offset, int d) {
+    const int64_t n = tile.key[row];
+    const bool listed = n != kAbsent;
+    copy_vector<kAligned>(sK + offset, listed ? gK + n * p.key.stride_row : nullptr, gK, d, p.head_dim);
+    copy_vector<kAligned>(sK + P::kTileBytes + offset, listed ? gV + n * p.value.stride_row : nullptr, gV, d,
+                          p.head_dim);
+  });
+  ptx::cp_async_commit();
 }
 
 // The running softmax of a lane's rows. Sums are those of the lane's keys.
@@ -195,10 +223,11 @@ __device__ inline float lse_of(float most, float sum) {
 }
 
 template <class P>
-__global__ void __launch_bounds__(P::kMaxThreads)
+__global__ void __maxnreg__(P::kRegisters)
     attend_kernel(const __grid_constant__ BlockSparseAttentionParams p, const __grid_constant__ Plan plan) {
   VTK_DYNAMIC_SHARED(shared);
-  __shared__ KeyTile<P::kKeys> sTiles[kListAhead];
+  __shared__ KeyLists<P::kKeys> sLists;
+  __shared__ KeyTile<P::kKeys> sTiles[3];  // multiplied, copied, listed
   __shared__ float2 sState[P::kKeyWarps * P::kMaxRows];
   using T = typename P::T;
   using Warp = typename P::Warp;
@@ -212,25 +241,24 @@ __global__ void __launch_bounds__(P::kMaxThreads)
   unsigned char* sStages = shared + P::query_bytes(plan.rows);
   const unsigned char* sQ = shared + warp_row * P::kRowBytes;
 
-  // List the first keys and bring the queries.
-  KeyTiles<P::kKeys> tiles(p, task.b, task.h, task.block, task.place(p, plan, 0).query,
-                           task.place(p, plan, task.num_rows - 1).query, plan.parts, task.part);
-  if (warp_number == 0) {
-    tiles.next(sTiles[0]);
-    tiles.next(sTiles[1]);
-  }
-  for_each_vector<P>(plan.rows, [&](int row, int offset, int d) {
-    const Place at = task.place(p, plan, min(row, task.num_rows - 1));
-    const T* gQ = static_cast<const T*>(p.query.data) + task.b * p.query.stride_batch +
-                  at.head * p.query.stride_head + at.query * p.query.stride_row;
-    copy_vector<T>(shared + offset, row < task.num_rows ? gQ : nullptr, p.query.data, d, p.head_dim, plan.aligned);
-  });
-  ptx::cp_async_commit();
+  // Open the lists, bring the queries.
+  if (threadIdx.x == 0)
+    sLists.open(p, task.b, task.h, task.block, task.place(p, plan, 0).query,
+                task.place(p, plan, task.num_rows - 1).query, plan.parts, task.part);
+  if (plan.aligned)
+    copy_queries<P, true>(p, plan, task, shared);
+  else
+    copy_queries<P, false>(p, plan, task, shared);
   ptx::cp_async_wait<0>();
   __syncthreads();
+  int32_t to_list = sLists.tiles.begin;
+  if (warp_number == 0) {
+    to_list = sLists.list(to_list, sTiles[0]);
+    to_list = sLists.list(to_list, sTiles[1]);
+  }
   Warp warp;
   warp.hold_query(sQ);
-  if (Warp::kHoldsQuery) __syncthreads();  // before the stages are filled
+  __syncthreads();  // the keys are listed, and the queries held, before the stages are filled
 
   RunningRows<Warp> rows;
 #pragma unroll
@@ -243,36 +271,31 @@ __global__ void __launch_bounds__(P::kMaxThreads)
     for (int c = 0; c < Warp::kChannels; ++c) warp.out[i][c] = 0.0f;
   }
 
-  auto copy_tile = [&](const KeyTile<P::kKeys>& tile, unsigned char* sK) {
-    for_each_vector<P>(P::kKeys, [&](int row, int offset, int d) {
-      const int64_t n = tile.key[row];
-      copy_vector<T>(sK + offset, n != kAbsent ? gK + n * p.key.stride_row : nullptr, gK, d, p.head_dim, plan.aligned);
-      copy_vector<T>(sK + P::kTileBytes + offset, n != kAbsent ? gV + n * p.value.stride_row : nullptr, gV, d,
-                     p.head_dim, plan.aligned);
-    });
-    ptx::cp_async_commit();
+  auto copy = [&](const KeyTile<P::kKeys>& tile, unsigned char* sK) {
+    if (tile.state == TileState::kEnd) return;
+    if (plan.aligned)
+      copy_tile<P, true>(p, tile, gK, gV, sK);
+    else
+      copy_tile<P, false>(p, tile, gK, gV, sK);
   };
-  if (sTiles[0].state != TileState::kEnd) copy_tile(sTiles[0], sStages);
+  copy(sTiles[0], sStages);
 
-  unsigned char *sNow = sStages, *sNext = sStages + 2 * P::kTileBytes;
-  KeyTile<P::kKeys>*now = &sTiles[0], *next = &sTiles[1], *after = &sTiles[2];
-  while (now->state != TileState::kEnd) {
+  int now = 0, stage = 0;
+  while (sTiles[now].state != TileState::kEnd) {
     // This tile has come, and the one before is done with.
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (warp_number == 0) tiles.next(*after);
-    if (next->state != TileState::kEnd) copy_tile(*next, sNext);
+    const int next = now == 2 ? 0 : now + 1;
+    if (warp_number == 0) to_list = sLists.list(to_list, sTiles[next == 2 ? 0 : next + 1]);
+    copy(sTiles[next], sStages + (stage ^ 1) * 2 * P::kTileBytes);
 
     // Multiply.
-    const unsigned char* sK = sNow + warp_key * P::kRowBytes;
+    const unsigned char* sK = sStages + stage * 2 * P::kTileBytes + warp_key * P::kRowBytes;
     warp.multiply_keys(sQ, sK);
-    weigh(warp, rows, *now, warp_key, p.scale * kLog2E);
+    weigh(warp, rows, sTiles[now], warp_key, p.scale * kLog2E);
     warp.multiply_values(sK + P::kTileBytes);
-
-    unsigned char* sDone = sNow;
-    sNow = sNext, sNext = sDone;
-    KeyTile<P::kKeys>* done = now;
-    now = next, next = after, after = done;
+    now = next;
+    stage ^= 1;
   }
 
   // Leave values, maxima and sums where all threads see them.
@@ -440,18 +463,14 @@ cudaError_t launch_attention(const BlockSparseAttentionParams& p, cudaStream_t s
 template <class T, class Run>
 auto with_depth(const BlockSparseAttentionParams& p, const Run& run) {
   const int32_t d = p.head_dim;
-#ifdef DEV
-  if (list_rows(p) <= kFewRows) return run(Policy<T, 64, true>{});
-  return run(Policy<T, 32, false>{});
-#endif
   if (list_rows(p) <= kFewRows) {
     if (d <= 64) return run(Policy<T, 64, true>{});
     if (d <= 128) return run(Policy<T, 128, true>{});
     return run(Policy<T, 256, true>{});
   }
-  if (d <= 32) return run(Policy<T, 32, false>{});
   if (d <= 64) return run(Policy<T, 64, false>{});
-  if (d <= 96) return run(Policy<T, 96, false>{});
+  if constexpr (sizeof(T) == 2)
+    if (d <= 96) return run(Policy<T, 96, false>{});
   if (d <= 128) return run(Policy<T, 128, false>{});
   return run(Policy<T, 256, false>{});
 }
@@ -460,9 +479,7 @@ template <class Run>
 auto with_policy(const BlockSparseAttentionParams& p, const Run& run) {
   switch (p.dtype) {
     case DType::kFloat32: return with_depth<float>(p, run);
-#ifndef DEV
     case DType::kFloat16: return with_depth<__half>(p, run);
-#endif
     default: return with_depth<__nv_bfloat16>(p, run);
   }
 }

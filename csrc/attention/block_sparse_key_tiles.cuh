@@ -53,78 +53,82 @@ __device__ inline int32_t limit_of(const BlockSparseAttentionParams& p, int32_t 
   return p.causal ? min(visible_keys(query, p.num_queries, length), length) : length;
 }
 
-// All calls are those of one warp.
+// The lists of one block of queries, in shared memory: one warp reads them.
 template <int kKeys>
-class KeyTiles {
- public:
-  // Of the lists of query block `block`: the tiles of split `split`, for rows of queries [first_query, last_query].
-  __device__ KeyTiles(const BlockSparseAttentionParams& params, int32_t b, int32_t h, int32_t block,
-                      int32_t first_query, int32_t last_query, int32_t splits, int32_t split)
-      : p(params),
-        partial_(list_of(p.partial, b, h, block)),
-        columns_(list_of(p.columns, b, h, block)),
-        full_(list_of(p.full, b, h, block)),
-        bias_(p.key_bias == nullptr ? nullptr : p.key_bias + b * p.bias_stride_batch) {
-    length_ = length_of(p, b);
-    first_limit_ = p.causal ? limit_of(p, first_query, length_) : kAbsent;
-    last_limit_ = limit_of(p, last_query, length_);
-    entry_limit_ = p.token_offsets ? p.num_keys : ceil_div(p.num_keys, p.block_k);
-    block_shift_ = p.block_k == 64 ? 6 : 7;
+struct KeyLists {
+  List partial, columns, full;
+  const float* bias;
+  int64_t bias_stride;
+  int32_t length, first_limit, last_limit, entry_limit;
+  int32_t entry_size;                   // keys from an entry to the next
+  int32_t block_shift;                  // block_k = 2^block_shift
+  int32_t partial_tiles, masked_tiles;  // the latter with the columns
+  Range tiles;                          // to be taken
+  bool causal, unmasked;                // unmasked: tiles without a bias exist
+
+  // Of query block `block`: the tiles of part `part` of `parts`, for rows of queries [first_query, last_query].
+  __device__ void open(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t block, int32_t first_query,
+                       int32_t last_query, int32_t parts, int32_t part) {
+    partial = list_of(p.partial, b, h, block);
+    columns = list_of(p.columns, b, h, block);
+    full = list_of(p.full, b, h, block);
+    bias = p.key_bias == nullptr ? nullptr : p.key_bias + b * p.bias_stride_batch;
+    bias_stride = p.bias_stride_key;
+    length = length_of(p, b);
+    first_limit = p.causal ? limit_of(p, first_query, length) : kAbsent;
+    last_limit = limit_of(p, last_query, length);
+    entry_limit = p.token_offsets ? p.num_keys : ceil_div(p.num_keys, p.block_k);
+    entry_size = p.token_offsets ? 1 : p.block_k;
+    block_shift = p.block_k == 64 ? 6 : 7;
     const int32_t block_tiles = p.block_k / kKeys;
-    partial_tiles_ = partial_.count * block_tiles;
-    masked_tiles_ = partial_tiles_ + ceil_div(columns_.count, kKeys);
-    const Range range = split_range(masked_tiles_ + full_.count * block_tiles, splits, split);
-    tile_ = range.begin;
-    end_ = range.end;
+    partial_tiles = partial.count * block_tiles;
+    masked_tiles = partial_tiles + ceil_div(columns.count, kKeys);
+    tiles = split_range(masked_tiles + full.count * block_tiles, parts, part);
+    causal = p.causal;
+    unmasked = p.key_bias == nullptr && p.scale >= 0.0f;
   }
 
-  __device__ void next(KeyTile<kKeys>& tile) {
+  // The first tile from number `at` on, by all lanes of a warp; returns the number to go on from.
+  __device__ int32_t list(int32_t at, KeyTile<kKeys>& tile) const {
     const int32_t lane = threadIdx.x % 32;
-    while (tile_ < end_) {
-      const int32_t number = tile_++;
-      const bool masked = number < masked_tiles_;
-      const uint32_t limit = masked ? last_limit_ : length_;
-      const int32_t seen_by_all = masked ? first_limit_ : kAbsent;
-      bool any = false, whole = bias_ == nullptr && p.scale >= 0.0f;
+    while (at < tiles.end) {
+      const int32_t number = at++;
+      const bool masked = number < masked_tiles;
+      const uint32_t limit = masked ? last_limit : length;
+      const int32_t seen_by_all = masked ? first_limit : kAbsent;
+      bool any = false, whole = unmasked;
 #pragma unroll
       for (int i = lane; i < kKeys; i += 32) {
         const uint32_t n = key_at(number, i);
-        const float bias = n < limit && bias_ != nullptr ? bias_[n * p.bias_stride_key] * kLog2E : 0.0f;
-        const bool present = n < limit && bias != -kInfinity;
+        const float added = n < limit && bias != nullptr ? bias[n * bias_stride] * kLog2E : 0.0f;
+        const bool present = n < limit && added != -kInfinity;
         tile.key[i] = present ? static_cast<int32_t>(n) : kAbsent;
-        tile.bias[i] = bias;
+        tile.bias[i] = added;
         any = any || present;
-        whole = whole && tile.key[i] < seen_by_all;
+        whole = whole && present && static_cast<int32_t>(n) < seen_by_all;
       }
       if (!__any_sync(kAllLanes, any)) continue;
       whole = __all_sync(kAllLanes, whole);
-      if (lane == 0)
-        tile.state = whole ? TileState::kWhole : masked && p.causal ? TileState::kCausal : TileState::kMasked;
-      return;
+      if (lane == 0) tile.state = whole ? TileState::kWhole : masked && causal ? TileState::kCausal : TileState::kMasked;
+      return at;
     }
     if (lane == 0) tile.state = TileState::kEnd;
+    return at;
   }
 
  private:
-  // UINT_MAX where there is none.
+  // Key i of a tile; UINT_MAX where there is none.
   __device__ uint32_t key_at(int32_t number, int32_t i) const {
-    if (number >= partial_tiles_ && number < masked_tiles_) {
-      const int32_t column = (number - partial_tiles_) * kKeys + i;
-      return column < columns_.count ? columns_.entries[column] : UINT_MAX;
+    if (number >= partial_tiles && number < masked_tiles) {
+      const int32_t column = (number - partial_tiles) * kKeys + i;
+      return column < columns.count ? columns.entries[column] : UINT_MAX;
     }
-    const bool partial = number < partial_tiles_;
-    const int32_t slot = (partial ? number : number - masked_tiles_) * kKeys;
-    const uint32_t entry = (partial ? partial_ : full_).entries[slot >> block_shift_];
-    if (entry >= static_cast<uint32_t>(entry_limit_)) return UINT_MAX;
-    return entry * (p.token_offsets ? 1 : p.block_k) + (slot & (p.block_k - 1)) + i;
+    const bool in_partial = number < partial_tiles;
+    const int32_t slot = (in_partial ? number : number - masked_tiles) * kKeys;
+    const uint32_t entry = (in_partial ? partial.entries : full.entries)[slot >> block_shift];
+    if (entry >= static_cast<uint32_t>(entry_limit)) return UINT_MAX;
+    return entry * entry_size + (slot & ((1 << block_shift) - 1)) + i;
   }
-
-  const BlockSparseAttentionParams& p;
-  const List partial_, columns_, full_;
-  const float* bias_;
-  int32_t length_, first_limit_, last_limit_, entry_limit_;
-  int32_t block_shift_, partial_tiles_, masked_tiles_;  // the latter with the columns
-  int32_t tile_, end_;
 };
 
 }  // namespace
