@@ -78,10 +78,13 @@ struct Place {
   int32_t query, head;
 };
 
-// What a block works on.
+// What a block works on; in shared memory, for registers are short.
 struct Task {
   int32_t b, h, block, first_row, num_rows, part;
-  __device__ Task(const BlockSparseAttentionParams& p, const Plan& plan) {
+  const void *key, *value;  // of the head
+
+  template <class T>
+  __device__ void open(const BlockSparseAttentionParams& p, const Plan& plan) {
     int32_t x = blockIdx.x;
     part = x % plan.parts, x /= plan.parts;
     first_row = x % plan.row_tiles * plan.rows, x /= plan.row_tiles;
@@ -89,6 +92,9 @@ struct Task {
     const int32_t heads = p.num_heads / plan.group;
     h = x % heads * plan.group, b = x / heads;
     num_rows = min(plan.rows, min(p.block_q, p.num_queries - block * p.block_q) * plan.group - first_row);
+    const int32_t key_head = h / (p.num_heads / p.key_heads);
+    key = static_cast<const T*>(p.key.data) + b * p.key.stride_batch + key_head * p.key.stride_head;
+    value = static_cast<const T*>(p.value.data) + b * p.value.stride_batch + key_head * p.value.stride_head;
   }
   __device__ Place place(const BlockSparseAttentionParams& p, const Plan& plan, int32_t row) const {
     const PackedRow at = packed_row(first_row + row, plan.group);
@@ -142,7 +148,9 @@ __device__ void copy_queries(const BlockSparseAttentionParams& p, const Plan& pl
 // The rows of K and V that a tile lists.
 template <class P, bool kAligned>
 __device__ void copy_tile(const BlockSparseAttentionParams& p, const KeyTile<P::kKeys>& tile,
-                          const typename P::T* gK, const typename P::T* gV, unsigned char* sK) {
+                          const Task& task, unsigned char* sK) {
+  using T = typename P::T;
+  const T *gK = static_cast<const T*>(task.key), *gV = static_cast<const T*>(task.value);
   for_each_vector<P, kAligned ? 4 : 1>(P::kKeys, [&](int row, int offset, int d) {
     const int64_t n = tile.key[row];
     const bool listed = n != kAbsent;
@@ -163,19 +171,30 @@ struct RunningRows {
 
 // Turns the products of a tile into weights, and scales what was summed before to the new maximum.
 template <class Warp, int kKeys>
-__device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key, float scale) {
+__device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key, float scale,
+                      bool biased) {
   float factor = scale;
   if (tile.state != TileState::kWhole) {
+    // NOTE: bias and keys one after the other: both at once are more registers than there are.
+    if (biased) {
+#pragma unroll
+      for (int j = 0; j < Warp::kColumns; ++j)
+#pragma unroll
+        for (int i = 0; i < Warp::kRows; ++i)
+          warp.score[i][j] = fmaf(warp.score[i][j], scale, tile.bias[first_key + Warp::column(j)]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Warp::kColumns; ++j)
+#pragma unroll
+        for (int i = 0; i < Warp::kRows; ++i) warp.score[i][j] *= scale;
+    }
     const bool causal = tile.state == TileState::kCausal;
 #pragma unroll
     for (int j = 0; j < Warp::kColumns; ++j) {
       const int32_t n = tile.key[first_key + Warp::column(j)];
-      const float bias = tile.bias[first_key + Warp::column(j)];
 #pragma unroll
-      for (int i = 0; i < Warp::kRows; ++i) {
-        const bool seen = n < (causal ? rows.limit[i] : kAbsent);
-        warp.score[i][j] = seen ? fmaf(warp.score[i][j], scale, bias) : -kInfinity;
-      }
+      for (int i = 0; i < Warp::kRows; ++i)
+        if (n >= (causal ? rows.limit[i] : kAbsent)) warp.score[i][j] = -kInfinity;
     }
     factor = 1.0f;
   }
@@ -226,29 +245,30 @@ template <class P>
 __global__ void __maxnreg__(P::kRegisters)
     attend_kernel(const __grid_constant__ BlockSparseAttentionParams p, const __grid_constant__ Plan plan) {
   VTK_DYNAMIC_SHARED(shared);
+  __shared__ Task sTask;
   __shared__ KeyLists<P::kKeys> sLists;
   __shared__ KeyTile<P::kKeys> sTiles[3];  // multiplied, copied, listed
   __shared__ float2 sState[P::kKeyWarps * P::kMaxRows];
   using T = typename P::T;
   using Warp = typename P::Warp;
-  const Task task(p, plan);
-  if (task.num_rows <= 0) return;
   const int warp_number = threadIdx.x / 32;
   const int warp_row = warp_number / P::kKeyWarps * 16, warp_key = warp_number % P::kKeyWarps * P::kWarpKeys;
-  const int32_t key_head = task.h / (p.num_heads / p.key_heads);
-  const T* gK = static_cast<const T*>(p.key.data) + task.b * p.key.stride_batch + key_head * p.key.stride_head;
-  const T* gV = static_cast<const T*>(p.value.data) + task.b * p.value.stride_batch + key_head * p.value.stride_head;
   unsigned char* sStages = shared + P::query_bytes(plan.rows);
   const unsigned char* sQ = shared + warp_row * P::kRowBytes;
 
   // Open the lists, bring the queries.
-  if (threadIdx.x == 0)
-    sLists.open(p, task.b, task.h, task.block, task.place(p, plan, 0).query,
-                task.place(p, plan, task.num_rows - 1).query, plan.parts, task.part);
+  if (threadIdx.x == 0) {
+    sTask.open<T>(p, plan);
+    if (sTask.num_rows > 0)
+      sLists.open(p, sTask.b, sTask.h, sTask.block, sTask.place(p, plan, 0).query,
+                  sTask.place(p, plan, sTask.num_rows - 1).query, plan.parts, sTask.part);
+  }
+  __syncthreads();
+  if (sTask.num_rows <= 0) return;
   if (plan.aligned)
-    copy_queries<P, true>(p, plan, task, shared);
+    copy_queries<P, true>(p, plan, sTask, shared);
   else
-    copy_queries<P, false>(p, plan, task, shared);
+    copy_queries<P, false>(p, plan, sTask, shared);
   ptx::cp_async_wait<0>();
   __syncthreads();
   int32_t to_list = sLists.tiles.begin;
@@ -265,8 +285,8 @@ __global__ void __maxnreg__(P::kRegisters)
   for (int i = 0; i < Warp::kRows; ++i) {
     rows.most[i] = -kInfinity;
     rows.sum[i] = 0.0f;
-    const int32_t row = min(warp_row + Warp::row(i), task.num_rows - 1);
-    rows.limit[i] = limit_of(p, task.place(p, plan, row).query, length_of(p, task.b));
+    const int32_t row = min(warp_row + Warp::row(i), sTask.num_rows - 1);
+    rows.limit[i] = limit_of(p, sTask.place(p, plan, row).query, length_of(p, sTask.b));
 #pragma unroll
     for (int c = 0; c < Warp::kChannels; ++c) warp.out[i][c] = 0.0f;
   }
@@ -274,9 +294,9 @@ __global__ void __maxnreg__(P::kRegisters)
   auto copy = [&](const KeyTile<P::kKeys>& tile, unsigned char* sK) {
     if (tile.state == TileState::kEnd) return;
     if (plan.aligned)
-      copy_tile<P, true>(p, tile, gK, gV, sK);
+      copy_tile<P, true>(p, tile, sTask, sK);
     else
-      copy_tile<P, false>(p, tile, gK, gV, sK);
+      copy_tile<P, false>(p, tile, sTask, sK);
   };
   copy(sTiles[0], sStages);
 
@@ -292,7 +312,7 @@ __global__ void __maxnreg__(P::kRegisters)
     // Multiply.
     const unsigned char* sK = sStages + stage * 2 * P::kTileBytes + warp_key * P::kRowBytes;
     warp.multiply_keys(sQ, sK);
-    weigh(warp, rows, sTiles[now], warp_key, p.scale * kLog2E);
+    weigh(warp, rows, sTiles[now], warp_key, p.scale * kLog2E, p.key_bias != nullptr);
     warp.multiply_values(sK + P::kTileBytes);
     now = next;
     stage ^= 1;
@@ -313,7 +333,7 @@ __global__ void __maxnreg__(P::kRegisters)
   __syncthreads();
 
   // Merge the key warps of a row: its factors, its state.
-  if (static_cast<int32_t>(threadIdx.x) < task.num_rows) {
+  if (static_cast<int32_t>(threadIdx.x) < sTask.num_rows) {
     const int32_t row = threadIdx.x;
     float most = -kInfinity, sum = 0.0f, factor[P::kKeyWarps];
 #pragma unroll
@@ -324,14 +344,14 @@ __global__ void __maxnreg__(P::kRegisters)
       factor[w] = ptx::exp2_approx(state.x - (most == -kInfinity ? 0.0f : most));
       sum = fmaf(state.y, factor[w], sum);
     }
-    const int64_t out_row = task.out_row(p, plan, row);
+    const int64_t out_row = sTask.out_row(p, plan, row);
     float by_sum = 1.0f;
     if (plan.parts == 1) {
       by_sum = sum == 0.0f ? 0.0f : 1.0f / sum;
       p.lse[out_row] = lse_of(most, sum);
     } else {
       float2* gStates = reinterpret_cast<float2*>(p.workspace + plan.value_floats);
-      gStates[out_row * plan.parts + task.part] = make_float2(most, sum);
+      gStates[out_row * plan.parts + sTask.part] = make_float2(most, sum);
     }
 #pragma unroll
     for (int w = 0; w < P::kKeyWarps; ++w) sState[w * plan.rows + row].x = factor[w] * by_sum;
@@ -339,7 +359,7 @@ __global__ void __maxnreg__(P::kRegisters)
   __syncthreads();
 
   // Write rows, 16 bytes of the output a thread.
-  for (int v = threadIdx.x; v < task.num_rows * P::kVectors; v += blockDim.x) {
+  for (int v = threadIdx.x; v < sTask.num_rows * P::kVectors; v += blockDim.x) {
     const int row = v / P::kVectors, d = v % P::kVectors * P::kElements;
     if (d >= p.head_dim) continue;
     float x[P::kElements] = {};
@@ -350,11 +370,11 @@ __global__ void __maxnreg__(P::kRegisters)
 #pragma unroll
       for (int i = 0; i < P::kElements; ++i) x[i] = fmaf(from[i], factor, x[i]);
     }
-    const int64_t out_row = task.out_row(p, plan, row);
+    const int64_t out_row = sTask.out_row(p, plan, row);
     if (plan.parts == 1)
       store_channels(static_cast<T*>(p.out) + out_row * p.head_dim + d, x, p.head_dim - d, plan.out_aligned);
     else
-      store_channels(p.workspace + (out_row * plan.parts + task.part) * p.head_dim + d, x, p.head_dim - d,
+      store_channels(p.workspace + (out_row * plan.parts + sTask.part) * p.head_dim + d, x, p.head_dim - d,
                      plan.out_aligned);
   }
 }

@@ -120,7 +120,7 @@ struct FmaWarp {
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) score[i][j] = 0.0f;
-#pragma unroll 2
+#pragma unroll 1
     for (int d = 0; d < kDepth; d += 4) {
       float4 q[kRows];
 #pragma unroll
@@ -144,7 +144,7 @@ struct FmaWarp {
     const unsigned char* v_row = sV + lane % 8 * 16;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-#pragma unroll 2
+#pragma unroll 1
       for (int owner = 0; owner < 8; ++owner) {
         float weight[kRows];
 #pragma unroll
