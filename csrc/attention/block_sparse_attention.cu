@@ -166,13 +166,13 @@ template <class Warp>
 struct RunningRows {
   float most[Warp::kRows];  // in powers of two
   float sum[Warp::kRows];
-  int32_t limit[Warp::kRows];  // causal
 };
 
-// Turns the products of a tile into weights, and scales what was summed before to the new maximum.
+// Turns the products of a tile into weights, and scales what was summed before to the new maximum. sLimit: of the
+// warp's rows, under the causal mask.
 template <class Warp, int kKeys>
-__device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key, float scale,
-                      bool biased) {
+__device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key,
+                      const int32_t* sLimit, float scale, bool biased) {
   float factor = scale;
   if (tile.state != TileState::kWhole) {
     // NOTE: bias and keys one after the other: both at once are more registers than there are.
@@ -188,13 +188,16 @@ __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>&
 #pragma unroll
         for (int i = 0; i < Warp::kRows; ++i) warp.score[i][j] *= scale;
     }
-    const bool causal = tile.state == TileState::kCausal;
+    int32_t limit[Warp::kRows];
+#pragma unroll
+    for (int i = 0; i < Warp::kRows; ++i)
+      limit[i] = tile.state == TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
 #pragma unroll
     for (int j = 0; j < Warp::kColumns; ++j) {
       const int32_t n = tile.key[first_key + Warp::column(j)];
 #pragma unroll
       for (int i = 0; i < Warp::kRows; ++i)
-        if (n >= (causal ? rows.limit[i] : kAbsent)) warp.score[i][j] = -kInfinity;
+        if (n >= limit[i]) warp.score[i][j] = -kInfinity;
     }
     factor = 1.0f;
   }
@@ -248,6 +251,7 @@ __global__ void __maxnreg__(P::kRegisters)
   __shared__ Task sTask;
   __shared__ KeyLists<P::kKeys> sLists;
   __shared__ KeyTile<P::kKeys> sTiles[3];  // multiplied, copied, listed
+  __shared__ int32_t sLimit[P::kMaxRows];
   __shared__ float2 sState[P::kKeyWarps * P::kMaxRows];
   using T = typename P::T;
   using Warp = typename P::Warp;
@@ -269,6 +273,10 @@ __global__ void __maxnreg__(P::kRegisters)
     copy_queries<P, true>(p, plan, sTask, shared);
   else
     copy_queries<P, false>(p, plan, sTask, shared);
+  if (static_cast<int32_t>(threadIdx.x) < plan.rows) {
+    const int32_t row = min(static_cast<int32_t>(threadIdx.x), sTask.num_rows - 1);
+    sLimit[threadIdx.x] = limit_of(p, sTask.place(p, plan, row).query, sLists.length);
+  }
   ptx::cp_async_wait<0>();
   __syncthreads();
   int32_t to_list = sLists.tiles.begin;
@@ -285,8 +293,6 @@ __global__ void __maxnreg__(P::kRegisters)
   for (int i = 0; i < Warp::kRows; ++i) {
     rows.most[i] = -kInfinity;
     rows.sum[i] = 0.0f;
-    const int32_t row = min(warp_row + Warp::row(i), sTask.num_rows - 1);
-    rows.limit[i] = limit_of(p, sTask.place(p, plan, row).query, length_of(p, sTask.b));
 #pragma unroll
     for (int c = 0; c < Warp::kChannels; ++c) warp.out[i][c] = 0.0f;
   }
@@ -312,7 +318,7 @@ __global__ void __maxnreg__(P::kRegisters)
     // Multiply.
     const unsigned char* sK = sStages + stage * 2 * P::kTileBytes + warp_key * P::kRowBytes;
     warp.multiply_keys(sQ, sK);
-    weigh(warp, rows, sTiles[now], warp_key, p.scale * kLog2E, p.key_bias != nullptr);
+    weigh(warp, rows, sTiles[now], warp_key, sLimit + warp_row, p.scale * kLog2E, p.key_bias != nullptr);
     warp.multiply_values(sK + P::kTileBytes);
     now = next;
     stage ^= 1;
