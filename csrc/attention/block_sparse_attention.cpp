@@ -114,8 +114,8 @@ BlockLists lists_view(const BlockSparseAttentionParams& p, const std::string& na
   lists.entry_stride_row = stride(*indices, 2);
   lists.capacity = check_count(kOp, "list capacity", indices->size(3));
 #if defined(VTK_BACKEND_CUDA)
-  VTK_CHECK(kOp, lists.capacity < 1 << 24, "expected ", indices_name, " with fewer than 2^24 entries a list on CUDA, got ",
-            shape_text(*indices));
+  VTK_CHECK(kOp, lists.capacity < 1 << 24, "expected ", indices_name,
+            " with fewer than 2^24 entries a list on CUDA, got ", shape_text(*indices));
 #endif
   if (p.batch > 0 && p.num_heads > 0) check_entries(p, name, lists, rows, limit);
   return lists;

@@ -4,20 +4,21 @@
 //
 //   attend  block = (batch, head, up to 128 rows of a query block, part of its lists). Few queries: the heads of a key
 //           head are rows of one block where they share their lists.
-//     many rows  a warp = 16 rows x all keys of a tile (64 keys; fewer where D is large)
-//     few rows   up to 16 rows: a warp = these x 16 keys of a tile (float32: 8); warps are merged at the end (decoding)
-//   merge   block = row: adds the parts in their order. Only where long lists were cut; the cut depends on shapes alone.
+//     many rows  warp = 16 rows x all keys of a tile (64 keys; 32 or 16 where a row is longer than 256 bytes)
+//     few rows   up to 16 rows (decoding): warp = these x 16 keys of a tile (float32: 8); warps are merged at the end
+//   merge   block = row: adds the parts in their order. Only where lists were cut, which depends on shapes alone.
 //
-// Warp 0 turns lists into key numbers two tiles ahead (block_sparse_key_tiles.cuh), everybody copies the rows of K and
-// V by those numbers one tile ahead, 16 bytes a cp.async, so blocks, unaligned ranges and columns cost the same. Tiles
-// that every row sees whole skip the masks. One barrier a tile. Products: block_sparse_warp.cuh.
-// Query blocks are taken last first: under a causal mask these have the longest lists. No longest-first order beyond it.
+// Warp 0 turns lists into key numbers two tiles ahead (block_sparse_key_tiles.cuh); all threads copy the rows of K and
+// V by these numbers one tile ahead, 16 bytes a cp.async, so blocks, unaligned ranges and columns cost the same. Tiles
+// that every row sees whole skip the masks. One barrier a tile. Products: block_sparse_warp.cuh. Query blocks are taken
+// last first, longest first under a causal mask; lists of other lengths are not sorted.
 //
-//   shared  2 stages of K and V: 68 KiB at 256 bytes a row and above, (D * bytes + 16) * 256 below; Q on top where the
+//   shared  two stages of K and V: 68 KiB at 256 bytes a row and above, 256 (row + 16) bytes below; Q on top where the
 //           registers do not hold it (float32, D 256)
-//   bound   4 D operations a listed pair on tensor cores; an R-row block does R operations per byte of L2 (R = 64, 128).
-//           Few rows: reading listed K and V once.
-//   lost    not measured yet
+//   bound   4 D operations a listed pair; a block of R rows does R operations a byte from L2. Few rows: reading K and
+//   V. lost    (by ptxas) lists, task and causal limits in registers, or masks that load keys and bias together: 20 to
+//   80
+//           bytes of spills at 168 registers (D 128, 12 warps resident). Not timed on a GPU yet.
 #include <algorithm>
 
 #include "attention/block_sparse_key_tiles.cuh"
@@ -27,11 +28,10 @@
 namespace vtk {
 namespace {
 
-constexpr int kStageBytes = 16 << 10;  // of K or V, without padding
-constexpr int kStages = 2;
+constexpr int kTileDataBytes = 16 << 10;  // of a tile of K or V, at most
 constexpr int32_t kFewRows = 16;
-constexpr int32_t kPackBelow = 64;   // queries: more fill the tiles of a head by themselves
-constexpr int32_t kPartKeys = 256;   // listed keys that pay for a part
+constexpr int32_t kPackBelow = 64;  // queries: more fill the tiles of a head by themselves
+constexpr int32_t kPartKeys = 256;  // listed keys that pay for a part
 constexpr int32_t kMaxParts = 512;
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
@@ -40,7 +40,7 @@ template <class Element, int kDepthBucket, bool kFew>
 struct Policy {
   using T = Element;
   static constexpr int kDepth = kDepthBucket;
-  static constexpr int kFit = kStageBytes / (kDepth * static_cast<int>(sizeof(T)));
+  static constexpr int kFit = kTileDataBytes / (kDepth * static_cast<int>(sizeof(T)));
   static constexpr int kKeys = kFit >= 64 ? 64 : kFit >= 32 ? 32 : 16;  // of a tile
   static constexpr int kWarpKeys = !kFew ? kKeys : sizeof(T) == 4 ? 8 : 16;
   static constexpr int kKeyWarps = kKeys / kWarpKeys;
@@ -50,14 +50,14 @@ struct Policy {
   // A register file holds 16, 12 or 8 warps with so many.
   static constexpr int kRegisters = kDepth <= 64 ? 128 : kDepth <= 128 ? 168 : 255;
   static constexpr int kRowBytes = Warp::kRowBytes;
-  static constexpr int kTileBytes = kKeys * kRowBytes;
+  static constexpr int kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;  // a stage: K, V
   static constexpr int kOutFloats = kDepth + 8;  // a row of the output in shared memory; 8 against bank conflicts
   static constexpr int kElements = 16 / sizeof(T);
   static constexpr int kVectors = kDepth / kElements;
 
   // Q stays beside the stages, or passes through them into registers.
   static constexpr int query_bytes(int rows) { return Warp::kHoldsQuery ? 0 : rows * kRowBytes; }
-  static constexpr int shared_bytes(int rows) { return query_bytes(rows) + 2 * kStages * kTileBytes; }
+  static constexpr int shared_bytes(int rows) { return query_bytes(rows) + 2 * kStageBytes; }
   static_assert(kKeyWarps * kMaxRows * kOutFloats * 4 <= shared_bytes(kMaxRows), "the output is staged there too");
 };
 
@@ -147,8 +147,8 @@ __device__ void copy_queries(const BlockSparseAttentionParams& p, const Plan& pl
 
 // The rows of K and V that a tile lists.
 template <class P, bool kAligned>
-__device__ void copy_tile(const BlockSparseAttentionParams& p, const KeyTile<P::kKeys>& tile,
-                          const Task& task, unsigned char* sK) {
+__device__ void copy_tile(const BlockSparseAttentionParams& p, const KeyTile<P::kKeys>& tile, const Task& task,
+                          unsigned char* sK) {
   using T = typename P::T;
   const T *gK = static_cast<const T*>(task.key), *gV = static_cast<const T*>(task.value);
   for_each_vector<P, kAligned ? 4 : 1>(P::kKeys, [&](int row, int offset, int d) {
@@ -190,8 +190,7 @@ __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>&
     }
     int32_t limit[Warp::kRows];
 #pragma unroll
-    for (int i = 0; i < Warp::kRows; ++i)
-      limit[i] = tile.state == TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
+    for (int i = 0; i < Warp::kRows; ++i) limit[i] = tile.state == TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
 #pragma unroll
     for (int j = 0; j < Warp::kColumns; ++j) {
       const int32_t n = tile.key[first_key + Warp::column(j)];
@@ -240,9 +239,7 @@ __device__ void store_channels(T* to, const float (&x)[kCount], int32_t left, bo
   }
 }
 
-__device__ inline float lse_of(float most, float sum) {
-  return sum == 0.0f ? -kInfinity : (most + log2f(sum)) * kLn2;
-}
+__device__ inline float lse_of(float most, float sum) { return sum == 0.0f ? -kInfinity : (most + log2f(sum)) * kLn2; }
 
 template <class P>
 __global__ void __maxnreg__(P::kRegisters)
@@ -313,10 +310,10 @@ __global__ void __maxnreg__(P::kRegisters)
     __syncthreads();
     const int next = now == 2 ? 0 : now + 1;
     if (warp_number == 0) to_list = sLists.list(to_list, sTiles[next == 2 ? 0 : next + 1]);
-    copy(sTiles[next], sStages + (stage ^ 1) * 2 * P::kTileBytes);
+    copy(sTiles[next], sStages + (stage ^ 1) * P::kStageBytes);
 
     // Multiply.
-    const unsigned char* sK = sStages + stage * 2 * P::kTileBytes + warp_key * P::kRowBytes;
+    const unsigned char* sK = sStages + stage * P::kStageBytes + warp_key * P::kRowBytes;
     warp.multiply_keys(sQ, sK);
     weigh(warp, rows, sTiles[now], warp_key, sLimit + warp_row, p.scale * kLog2E, p.key_bias != nullptr);
     warp.multiply_values(sK + P::kTileBytes);
@@ -392,7 +389,7 @@ constexpr int kMergeRanges = kMergeThreads / kMergeChannels;
 // blockIdx.x = row of [B, H, Q].
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_kernel(const __grid_constant__ BlockSparseAttentionParams p, const __grid_constant__ Plan plan) {
+    merge_parts_kernel(const __grid_constant__ BlockSparseAttentionParams p, const __grid_constant__ Plan plan) {
   __shared__ float sWeight[kMaxParts], sWarps[kMergeThreads / 32], sValues[kMergeRanges][kMergeChannels];
   const float2* gStates =
       reinterpret_cast<const float2*>(p.workspace + plan.value_floats) + int64_t{blockIdx.x} * plan.parts;
@@ -438,7 +435,9 @@ int32_t list_rows(const BlockSparseAttentionParams& p) {
 
 // Keys of a list, at most: lists that repeat keys are not worth a finer cut.
 int64_t listed_keys(const BlockSparseAttentionParams& p) {
-  auto keys = [&](const BlockLists& lists, int64_t size) { return std::min<int64_t>(lists.capacity * size, p.num_keys); };
+  auto keys = [&](const BlockLists& lists, int64_t size) {
+    return std::min<int64_t>(lists.capacity * size, p.num_keys);
+  };
   return keys(p.partial, p.block_k) + keys(p.full, p.block_k) + keys(p.columns, 1);
 }
 
@@ -469,7 +468,7 @@ Plan make_plan(const BlockSparseAttentionParams& p) {
 template <class P>
 cudaError_t launch_attention(const BlockSparseAttentionParams& p, cudaStream_t stream) {
   Plan plan = make_plan<P>(p);
-  constexpr int kStaticBytes = 4 << 10;
+  constexpr int kStaticBytes = 4 << 10;  // at most
   while (plan.rows > 32 && P::shared_bytes(plan.rows) + kStaticBytes > max_shared_bytes()) plan.rows /= 2;
   plan.row_tiles = ceil_div(list_rows(p), plan.rows);
   const int64_t heads = int64_t{p.batch} * (p.num_heads / plan.group);
@@ -482,7 +481,7 @@ cudaError_t launch_attention(const BlockSparseAttentionParams& p, cudaStream_t s
   shape.grid = dim3(static_cast<unsigned>(int64_t{p.batch} * p.num_heads * p.num_queries));
   shape.block = dim3(kMergeThreads);
   shape.shared_bytes = 0;
-  return launch(merge_kernel<typename P::T>, shape, stream, p, plan);
+  return launch(merge_parts_kernel<typename P::T>, shape, stream, p, plan);
 }
 
 // run(Policy<...>{}) with the policy of these shapes.

@@ -53,8 +53,8 @@ struct BlockSparseAttentionParams {
   float scale;
   bool causal;  // query i sees keys j <= i + length - Q
 
-  void* out;   // [B, H, Q, D], contiguous
-  float* lse;  // [B, H, Q], natural log
+  void* out;         // [B, H, Q, D], contiguous
+  float* lse;        // [B, H, Q], natural log
   float* workspace;  // CUDA only: block_sparse_attention_workspace(params) floats
 };
 

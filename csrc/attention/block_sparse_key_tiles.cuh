@@ -109,7 +109,8 @@ struct KeyLists {
       }
       if (!__any_sync(kAllLanes, any)) continue;
       whole = __all_sync(kAllLanes, whole);
-      if (lane == 0) tile.state = whole ? TileState::kWhole : masked && causal ? TileState::kCausal : TileState::kMasked;
+      if (lane == 0)
+        tile.state = whole ? TileState::kWhole : masked && causal ? TileState::kCausal : TileState::kMasked;
       return at;
     }
     if (lane == 0) tile.state = TileState::kEnd;

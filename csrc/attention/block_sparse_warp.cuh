@@ -77,9 +77,9 @@ struct MmaWarp {
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       const int j = 4 * step;
-      const uint32_t a[4] = {
-          pack_pair(T(), score[0][j], score[0][j + 1]), pack_pair(T(), score[1][j], score[1][j + 1]),
-          pack_pair(T(), score[0][j + 2], score[0][j + 3]), pack_pair(T(), score[1][j + 2], score[1][j + 3])};
+      const uint32_t a[4] = {pack_pair(T(), score[0][j], score[0][j + 1]), pack_pair(T(), score[1][j], score[1][j + 1]),
+                             pack_pair(T(), score[0][j + 2], score[0][j + 3]),
+                             pack_pair(T(), score[1][j + 2], score[1][j + 3])};
 #pragma unroll
       for (int pair = 0; pair < kDepth / 16; ++pair) {
         uint32_t b[4];

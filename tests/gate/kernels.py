@@ -20,6 +20,7 @@ class Allowed:
 HOT = Allowed()
 
 KERNELS: dict[str, dict[str, Allowed]] = {
+    "csrc/attention/block_sparse_attention.cu": {"attend_kernel": HOT, "merge_parts_kernel": HOT},
     "csrc/merge/bipartite_match.cu": {"prepare_kernel": HOT, "match_kernel": HOT, "merge_kernel": HOT},
     "csrc/merge/merge_apply.cu": {"merge_apply_kernel": HOT},
     "csrc/merge/unmerge.cu": {"unmerge_kernel": HOT},
