@@ -63,4 +63,12 @@ inline int num_multiprocessors() {
   return cached_count;
 }
 
+// What a block of the current device can opt in to, static and dynamic together.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 48 << 10;
+  if (cudaGetDevice(&device) != cudaSuccess) return bytes;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 << 10;
+  return bytes;
+}
+
 }  // namespace vtk

@@ -23,6 +23,7 @@ using simt::bulk_copy;
 using simt::cp_async_16;
 using simt::cp_async_commit;
 using simt::cp_async_wait;
+using simt::exp2_approx;
 using simt::fence_mbarrier_init;
 using simt::fma_pair;
 using simt::ldmatrix_x4;
@@ -63,6 +64,15 @@ __device__ inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
     static_assert(std::is_same_v<T, __nv_bfloat16>);
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
   }
+  return out;
+}
+
+// ---- Arithmetic ----
+
+// 2^x within 2^-22 of itself; results below 2^-126 are 0.
+__device__ inline float exp2_approx(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 }
 

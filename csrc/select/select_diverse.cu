@@ -226,22 +226,15 @@ cudaError_t run(const SelectDiverseParams& p, const Geometry& g, cudaStream_t st
   return bits % 16 == 0 ? run<T, true>(p, g, stream) : run<T, false>(p, g, stream);
 }
 
-int shared_limit() {
-  int device = 0, bytes = 48 << 10;
-  if (cudaGetDevice(&device) != cudaSuccess) return bytes;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 << 10;
-  return bytes;
-}
-
 }  // namespace
 
 int64_t select_diverse_workspace(const SelectDiverseParams& p) {
-  const Geometry g = geometry(p, shared_limit(), num_multiprocessors());
+  const Geometry g = geometry(p, max_shared_bytes(), num_multiprocessors());
   return g.workspace.bytes() + 2 * static_cast<int64_t>(g.workspace.groups) * p.num_tokens * sizeof(float);
 }
 
 cudaError_t select_diverse_cuda(const SelectDiverseParams& p, cudaStream_t stream) {
-  const Geometry g = geometry(p, shared_limit(), num_multiprocessors());
+  const Geometry g = geometry(p, max_shared_bytes(), num_multiprocessors());
   // The barrier counters. NOTE: a memset is a node of a captured graph, so a replay starts from zero again.
   cudaError_t error = cudaMemsetAsync(g.workspace.base, 0, static_cast<size_t>(g.workspace.counter_bytes()), stream);
   if (error != cudaSuccess) return error;

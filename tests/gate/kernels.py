@@ -20,6 +20,7 @@ class Allowed:
 HOT = Allowed()
 
 KERNELS: dict[str, dict[str, Allowed]] = {
+    "csrc/attention/block_sparse_attention.cu": {"attend_kernel": HOT, "merge_parts_kernel": HOT},
     "csrc/merge/bipartite_match.cu": {"bipartite_match_kernel": HOT},
     "csrc/merge/cluster_dpc_knn.cu": {
         "prepare_kernel": HOT,

@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import cluster, merge, merge_forms, score, select
+from vtkernels.ops import attention, cluster, merge, merge_forms, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -14,6 +14,7 @@ PUBLIC = {
     "prune_gather.tensors": select.prune_gather_tensors,
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
+    "block_sparse_attention": attention.block_sparse_attention,
     "bipartite_match": merge.bipartite_match,
     "bipartite_match.varlen": merge_forms.bipartite_match_varlen,
     "merge_apply": merge.merge_apply,

@@ -24,6 +24,7 @@
 #undef __constant__
 #undef __shared__
 #undef __launch_bounds__
+#undef __maxnreg__
 #undef __grid_constant__
 #undef __forceinline__
 #define __host__
@@ -32,6 +33,7 @@
 #define __global__ __attribute__((flatten))
 #define __constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 

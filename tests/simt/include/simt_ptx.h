@@ -38,6 +38,13 @@ inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   return out;
 }
 
+// ---- Arithmetic ----
+
+inline float exp2_approx(float x) {
+  const float out = std::exp2(x);
+  return out < 0x1p-126f ? 0.0f : out;
+}
+
 // ---- Copies of one thread ----
 
 inline void cp_async_16(void* shared, const void* global, bool present) {

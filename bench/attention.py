@@ -1,0 +1,114 @@
+"""block_sparse_attention against SDPA and FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from bench.harness import Case
+from vtkernels.attention import BlockLists, dense, from_blocks
+
+OPS = ["block_sparse_attention"]
+BLOCK = 128
+
+
+def tensors(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """shape = (H, Hk, Q, N, D) -> query, key, value of one batch item."""
+    heads, key_heads, rows, keys, depth = shape
+    random = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(1, h, n, depth, generator=random, device=device).to(dtype)
+        for h, n in ((heads, rows), (key_heads, keys), (key_heads, keys))
+    ]
+
+
+def causal_lists(blocks: int, heads: int, density: float, device: torch.device) -> BlockLists:
+    """Of the blocks up to the diagonal that share, own lists a head: always the first and the diagonal."""
+    random = torch.Generator(device).manual_seed(1)
+    lower = torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+    forced = torch.eye(blocks, dtype=torch.bool, device=device)
+    forced[:, 0] = True
+    wanted = round(density * int(lower.sum())) * heads - int(forced.sum()) * heads
+    score = torch.rand(heads, blocks, blocks, generator=random, device=device).masked_fill(~lower | forced, -1.0)
+    chosen = forced.expand(heads, -1, -1).clone()
+    chosen.view(-1)[score.flatten().topk(max(wanted, 0)).indices] = True
+    return from_blocks(chosen[None], causal=True)
+
+
+def flex(lists: BlockLists, rows: int) -> Callable[..., Tensor]:
+    """Compiled FlexAttention on the same blocks, its lists ready."""
+    mask = BlockMask.from_kv_blocks(
+        lists.counts, lists.indices, BLOCK_SIZE=BLOCK, mask_mod=lambda b, h, q, k: q >= k, seq_lengths=(rows, rows)
+    )
+    attend = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def close(dtype: torch.dtype) -> Callable[[object, object], None]:
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+
+    def check(ours: object, peer: object) -> None:
+        assert isinstance(ours, tuple)
+        if isinstance(peer, Tensor):  # a tuple is dense attention, timed against sparse lists: it computes more
+            torch.testing.assert_close(ours[0], peer, rtol=tolerance, atol=tolerance)
+
+    return check
+
+
+def prefill_case(depth: int, dtype: torch.dtype, density: float, target: dict, device: torch.device) -> Case:
+    heads, key_heads, length = 8, 2, 4096
+    q, k, v = tensors((heads, key_heads, length, length, depth), dtype, device)
+    all_blocks = density == 1.0
+    lists = (
+        dense(length, length, causal=True, device=device)
+        if all_blocks
+        else causal_lists(length // BLOCK, heads, density, device)
+    )
+
+    def sdpa() -> object:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out if all_blocks else (out,)
+
+    def flex_peer() -> Callable[[], object]:
+        attend = flex(lists, length)
+        return lambda: attend(q, k, v)
+
+    return Case(
+        "block_sparse_attention",
+        f"S{length} H{heads}/{key_heads} D{depth} {str(dtype).removeprefix('torch.')} causal {density:.0%} of blocks",
+        lambda: lists.attend(q, k, v),
+        {"sdpa dense": lambda: sdpa, "flex": flex_peer},
+        close(dtype),
+        bytes=k.nbytes + v.nbytes + 2 * q.nbytes,
+        flops=int(2 * heads * length * (length + 1) * depth * density),
+        target=target,
+    )
+
+
+def decode_case(device: torch.device) -> Case:
+    dtype = torch.bfloat16
+    q, k, v = tensors((32, 8, 1, 32768, 128), dtype, device)
+    lists = dense(1, 32768, device=device)
+    return Case(
+        "block_sparse_attention",
+        "decode S32768 H32/8 D128 bfloat16",
+        lambda: lists.attend(q, k, v),
+        {"sdpa": lambda: lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)},
+        close(dtype),
+        bytes=k.nbytes + v.nbytes,
+        flops=4 * 32 * 32768 * 128,
+        target={},
+    )
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    goals = {1.0: (1.0, 1.8), 0.25: (3.5, 6.0), 0.1: (8.0, 14.0)}
+    for index, dtype in enumerate((torch.float32, torch.bfloat16)):
+        for depth in (64, 128):
+            for density, goal in goals.items():
+                yield prefill_case(depth, dtype, density, {"sdpa dense": goal[index], "flex": 1.5}, device)
+    yield decode_case(device)

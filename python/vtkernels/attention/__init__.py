@@ -1,0 +1,27 @@
+"""Attention over listed key blocks: the lists, and attention implementations for transformers.
+
+Importing this module registers ``"vtk"`` and ``"vtk_sparse"`` with transformers, where that is installed::
+
+    import vtkernels.attention
+    model.set_attn_implementation("vtk")
+"""
+
+import importlib.util
+
+from vtkernels.attention.lists import (
+    BlockLists,
+    dense,
+    from_block_mask,
+    from_blocks,
+    from_bsr,
+    from_mask,
+    to_block_mask,
+)
+
+__all__ = ["BlockLists", "dense", "from_block_mask", "from_blocks", "from_bsr", "from_mask", "to_block_mask"]
+
+if importlib.util.find_spec("transformers") is not None:
+    from vtkernels.attention.implementations import register, sparse
+
+    __all__ += ["register", "sparse"]
+    register()

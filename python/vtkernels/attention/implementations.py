@@ -1,0 +1,138 @@
+"""The attention implementations ``"vtk"`` and ``"vtk_sparse"`` of transformers.
+
+Both run :func:`vtkernels.block_sparse_attention`, in prefill and in decoding, with grouped queries, padding on either
+side and any cached length per layer. ``"vtk"`` lists all blocks; ``"vtk_sparse"`` lists what :func:`sparse` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from vtkernels.attention.lists import BlockLists, dense
+
+# (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call; None: all blocks.
+Producer = Callable[[Any, Tensor, Tensor], BlockLists | None]
+_PRODUCER = "_vtk_lists"
+
+
+def register() -> None:
+    """Makes ``"vtk"`` and ``"vtk_sparse"`` known to transformers; importing ``vtkernels.attention`` does it."""
+    for name, forward in (("vtk", dense_attention), ("vtk_sparse", sparse_attention)):
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, padding_mask)
+
+
+@contextlib.contextmanager
+def sparse(model: Any, producer: Producer) -> Iterator[None]:
+    """Within the block, ``producer`` gives the lists of every attention of a ``"vtk_sparse"`` model.
+
+    Args:
+        model: a transformers model after ``model.set_attn_implementation("vtk_sparse")``.
+        producer: called with the attention module, its query ``[B, H, Q, D]`` and its key ``[B, Hk, N, D]``, rotary
+            embedding applied; returns the call's lists, or None for all blocks (in decoding steps, for example).
+    """
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__[_PRODUCER] = producer
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(_PRODUCER, None)
+
+
+def dense_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The implementation ``"vtk"``."""
+    return _attend(None, module, query, key, value, attention_mask, **options), None
+
+
+def sparse_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The implementation ``"vtk_sparse"``; without a producer it is ``"vtk"``."""
+    producer = module.__dict__.get(_PRODUCER)
+    lists = None if producer is None else producer(module, query, key)
+    return _attend(lists, module, query, key, value, attention_mask, **options), None
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_options: Any,
+) -> Tensor | None:
+    """The mask that the implementations take: bool ``[B, kv_length]``, or None without padding.
+
+    Raises:
+        NotImplementedError: a mask that is neither causal nor none (sliding windows, packed sequences, prefixes), or a
+            static cache, whose keys are longer than what has been seen.
+    """
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise NotImplementedError(
+            "vtkernels.attention: expected a causal or bidirectional mask; sliding windows, packed sequences and "
+            'image prefixes need attn_implementation="sdpa"'
+        )
+    if mask_function is causal_mask_function and kv_length > q_offset + q_length:
+        raise NotImplementedError(
+            f"vtkernels.attention: expected a cache that grows, got one of {kv_length} keys of which "
+            f"{q_offset + q_length} are used; static caches are not served"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask[:, -kv_length:]
+
+
+def _attend(
+    lists: BlockLists | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> Tensor:
+    """Attention of one call: [B, Q, H, D], as transformers wants it."""
+    rows, keys = query.shape[2], key.shape[2]
+    for name in ("softcap", "s_aux", "position_bias"):
+        _serve(others.get(name) is None, f"no {name}")
+    _serve(dropout == 0.0, f"no dropout, got {dropout}")
+    _serve(sliding_window is None or sliding_window >= keys, f"no sliding window below {keys} keys")
+    _serve(not others.get("output_attentions"), "no output_attentions: there is no attention matrix")
+    bias = None
+    if mask is not None:
+        _serve(mask.dim() == 2 and mask.shape[1] == keys, f"a mask [B, N = {keys}], got {list(mask.shape)}")
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.bool(), -math.inf)
+    if lists is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        lists = _all_blocks(rows, keys, causal, query.device)
+    out, _ = lists.attend(query, key, value, scale=scaling, key_bias=bias)
+    return out.transpose(1, 2).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _all_blocks(rows: int, keys: int, causal: bool, device: torch.device) -> BlockLists:
+    return dense(rows, keys, causal=causal, device=device)
+
+
+def _serve(condition: bool, what: str) -> None:
+    if not condition:
+        raise NotImplementedError(f"vtkernels.attention: expected {what}")
