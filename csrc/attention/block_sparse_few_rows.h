@@ -14,9 +14,10 @@ namespace {
 constexpr int kFewRows = 5;  // from 6 on rows in lanes are faster
 constexpr int kLine = 64;    // bytes
 
-// dots[row * kTileKeys + i] = rows[row] . key i for two keys; rows are zero-padded to whole vectors.
+// lanes[row * kTileKeys + i], summed over its lanes, is rows[row] . key i, for two keys; rows are zero-padded to whole
+// vectors.
 template <int kRows, class T>
-void multiply_pair(const float* rows, int32_t padded, const T* const* keys, int32_t depth, float* dots) {
+void multiply_pair(const float* rows, int32_t padded, const T* const* keys, int32_t depth, f32v* lanes) {
   f32v sum[kRows][2] = {};
   int32_t d = 0;
   for (; d + kLanes <= depth; d += kLanes) {
@@ -39,8 +40,8 @@ void multiply_pair(const float* rows, int32_t padded, const T* const* keys, int3
   }
 #pragma GCC unroll 5
   for (int r = 0; r < kRows; ++r) {
-    dots[r * kTileKeys] = vtk::VTK_ISA::sum(sum[r][0]);
-    dots[r * kTileKeys + 1] = vtk::VTK_ISA::sum(sum[r][1]);
+    lanes[r * kTileKeys] = sum[r][0];
+    lanes[r * kTileKeys + 1] = sum[r][1];
   }
 }
 
@@ -86,6 +87,7 @@ class FewRows {
   FewRows(const BlockSparseAttentionParams& params, int32_t group)
       : p(params), group_(group), rows_(params.num_queries * group), padded_(round_up(params.head_dim, kLanes)) {
     queries_ = scratch<float>(int64_t{rows_} * padded_);
+    lanes_ = scratch<f32v>(int64_t{rows_} * kTileKeys);
     logits_ = scratch<float>(int64_t{rows_} * kTileKeys);
     limit_ = scratch<int32_t>(rows_);
     correct_ = scratch<float>(rows_);
@@ -139,12 +141,16 @@ class FewRows {
       value_[i] = row_at(p.value, key_head, n);
     }
     for (int32_t i = 0; i < tile_.count; i += 2) {
-      prefetch(key_[std::min(i + kAhead, tile_.count - 1)], value_[i]);
-      prefetch(key_[std::min(i + kAhead + 1, tile_.count - 1)], value_[i + 1]);
-      multiply_pair<kRows>(queries_.get(), padded_, &key_[i], p.head_dim, &logits_[i]);
+      for (int j = i; j < i + 2; ++j) prefetch(key_[j] + kAhead * p.key.stride_row, value_[j]);
+      multiply_pair<kRows>(queries_.get(), padded_, &key_[i], p.head_dim, &lanes_[i]);
     }
     for (int32_t r = 0; r < kRows; ++r) {
       float* x = &logits_[r * kTileKeys];
+      for (int32_t i = 0; i < padded_count; i += kLanes) {
+        f32v dots[kLanes];
+        std::memcpy(dots, &lanes_[r * kTileKeys + i], sizeof dots);
+        store(x + i, reduce_each(dots, [](f32v a, f32v b) { return a + b; }));
+      }
       for (int32_t i = tile_.count; i < padded_count; ++i) x[i] = -kInfinity;
       if (p.key_bias != nullptr)
         for (int32_t i = 0; i < tile_.count; ++i) x[i] += tile_.bias[i];
@@ -161,8 +167,9 @@ class FewRows {
                                   std::min(kLanes, p.head_dim - channel), padded_, out.values);
   }
 
-  // The keys some way ahead, and this key's value for the second product: prefetchers stop at every page.
-  static constexpr int32_t kAhead = 8;
+  // The key that follows some way behind in a run of keys, and this key's value for the second product: prefetchers
+  // stop at every page.
+  static constexpr int32_t kAhead = 16;
   void prefetch(const T* key, const T* value) const {
     for (int32_t d = 0; d < p.head_dim; d += kLine / static_cast<int32_t>(sizeof(T))) {
       __builtin_prefetch(key + d);
@@ -191,6 +198,7 @@ class FewRows {
   KeyTile tile_;
   const T *key_[kTileKeys], *value_[kTileKeys];
   Scratch<float> queries_;  // [rows][padded], scaled
+  Scratch<f32v> lanes_;     // [rows][kTileKeys], dot products before their last sum
   Scratch<float> logits_;   // [rows][kTileKeys]
   Scratch<int32_t> limit_;
   Scratch<float> correct_;
