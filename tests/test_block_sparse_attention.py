@@ -188,6 +188,11 @@ def test_extreme_logits(backend, random, rows, scale):
         torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 30])
+def test_negative_scale(backend, random, rows):
+    check(backend, *inputs(random, rows, 130), *all_blocks(rows, 130), scale=-0.3)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_strided_views(backend, random, dtype):
     query, key, value = (torch.randn(2, n, 3 * 24, generator=random).to(dtype) for n in (20, 230, 230))
@@ -282,3 +287,25 @@ def test_lists_that_do_not_fit(backend, changed, message):
     else:
         out, lse = run(backend, tensors, **given)
         assert torch.isfinite(out).all() and not lse.isnan().any()
+
+
+@pytest.mark.parametrize("token_offsets", [False, True])
+@pytest.mark.parametrize("rows", [2, 90])
+def test_garbage_in_lists_is_passed_over(backend, random, rows, token_offsets):
+    if backend.checks_values:
+        pytest.skip("the CPU reports it")
+    entries = torch.tensor([-(2**31), -1, 0, 1, 5, 64, 69, 70, 2**24, 2**31 - 1], dtype=torch.int32)
+    options = {"token_offsets": token_offsets, "causal": True, "seqlens_k": torch.tensor([71], dtype=torch.int32)}
+    for name, count in {"block": 11, "full": -1, "column": 2**31 - 1}.items():
+        options[f"{name}_counts"] = torch.full((1, 1, -(-rows // 64)), count, dtype=torch.int32)
+        options[f"{name}_indices"] = entries.expand(1, 1, -(-rows // 64), -1)
+    tensors = inputs(random, rows, 70)
+    out, lse = run(backend, tensors, block_q=64, block_k=64, **options)
+    valid = [0, 1, 5, 64, 69] if token_offsets else [0, 1]
+    cleaned = {"token_offsets": token_offsets, "causal": True}
+    for name, kept in {"block": valid, "column": [0, 1, 5, 64, 69]}.items():
+        cleaned[f"{name}_counts"] = torch.full_like(options["block_counts"], len(kept))
+        cleaned[f"{name}_indices"] = torch.tensor(kept, dtype=torch.int32).expand(1, 1, -(-rows // 64), -1)
+    expected, expected_lse = reference.block_sparse_attention(*tensors, block_q=64, block_k=64, **cleaned)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)
