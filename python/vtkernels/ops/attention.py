@@ -64,8 +64,8 @@ def block_sparse_attention(
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument. On the CPU also a count
             outside ``[0, capacity]``, an index outside the keys and a length outside ``[0, N]``. On CUDA, where a
-            report needs a synchronisation, counts and lengths are clamped and such an index is passed over; a list there
-        holds fewer than 2^24 entries.
+            report needs a synchronisation, counts and lengths are clamped and such an index is passed over; a list
+            there holds fewer than 2^24 entries.
 
     Example:
         >>> q, k = torch.eye(2)[None, None], torch.zeros(1, 1, 3, 2)

@@ -93,7 +93,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     import matplotlib.pyplot as plt
 
     full, pruned = rows[0], rows[1:]
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(9, 5))
+    axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
     axis.axhline(full.mean, color="black", linewidth=1, label=f"all {full.tokens} tokens")
     for name in dict.fromkeys(row.method for row in pruned):
         line = sorted((row.tokens, row.mean) for row in pruned if row.method == name)
@@ -105,11 +106,11 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         [row.tokens for row in best], [row.mean for row in best], s=90, facecolors="none", edgecolors="black", zorder=3
     )
     axis.set_xscale("log", base=2)
-    budgets = sorted({row.tokens for row in pruned})
+    budgets = sorted({row.tokens for row in pruned if row.method in BASELINES})
     axis.set_xticks(budgets, labels=map(str, budgets))
     axis.set(xlabel="visual tokens kept", ylabel="mean accuracy over tasks", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
