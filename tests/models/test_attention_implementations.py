@@ -8,6 +8,8 @@ import transformers
 
 import vtkernels.attention
 from tests.models import tiny
+from vtkernels.zoo import embedded
+from vtkernels.zoo.embedded import evaluate
 
 IMPLEMENTATIONS = ["vtk", "vtk_sparse"]
 
@@ -86,6 +88,14 @@ def test_qwen2_5_vl(implementation):
 def test_llava(implementation):
     model = tiny.llava(0)
     same_as_sdpa(model, implementation, tiny.inputs([(1, 5), (2, 9)], side="left"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_embedded_model(implementation):
+    model, processor = embedded.load()
+    pictures, asked = evaluate.drawn(1, video=False, seed=5)
+    inputs = evaluate.ask(processor, pictures * len(asked), [question.text for question in asked])
+    same_as_sdpa(model, implementation, inputs)
 
 
 def test_right_padding_and_rows_of_padding():
