@@ -232,6 +232,14 @@ def test_compiles_whole(random):
         assert_same_bits(a, b)
 
 
+def test_a_backward_pass_says_that_there_is_none(random):
+    query, key, value = (x.requires_grad_() for x in inputs(random, 9, 70))
+    out, lse = vtkernels.block_sparse_attention(query, key, value, *all_blocks(9, 70), block_q=64, block_k=64)
+    assert out.requires_grad and lse.requires_grad
+    with pytest.raises(NotImplementedError, match="block_sparse_attention: there is no backward pass yet"):
+        out.sum().backward()
+
+
 Q, K = torch.zeros(2, 4, 9, 8), torch.zeros(2, 2, 70, 8)
 COUNTS, INDICES = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 2, dtype=torch.int32)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtkernels.ops._autograd import below, needs_grad
+
 
 def block_sparse_attention(
     query: Tensor,
@@ -66,6 +68,7 @@ def block_sparse_attention(
             outside ``[0, capacity]``, an index outside the keys and a length outside ``[0, N]``. On CUDA, where a
             report needs a synchronisation, counts and lengths are clamped and such an index is passed over; a list
             there holds fewer than 2^24 entries.
+        NotImplementedError: in backward: there is no backward pass yet.
 
     Example:
         >>> q, k = torch.eye(2)[None, None], torch.zeros(1, 1, 3, 2)
@@ -101,3 +104,28 @@ def block_sparse_attention(
 @torch.library.register_fake("vtk::block_sparse_attention")
 def _(query, key, value, block_counts, block_indices, **_options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+class _Attend(torch.autograd.Function):
+    """Without it a backward pass would end here without a word."""
+
+    @staticmethod
+    def forward(ctx, call, query, key, value):
+        return below(call, query, key, value)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("vtk::block_sparse_attention: there is no backward pass yet; train on sdpa")
+
+
+def _block_sparse_attention_autograd(query, key, value, block_counts, block_indices, **options):
+    op = torch.ops.vtk.block_sparse_attention.default
+
+    def call(query, key, value):
+        return op(query, key, value, block_counts, block_indices, **options)
+
+    return _Attend.apply(call, query, key, value) if needs_grad(query, key, value) else below(call, query, key, value)
+
+
+_library = torch.library.Library("vtk", "FRAGMENT")
+_library.impl("block_sparse_attention", _block_sparse_attention_autograd, "Autograd")
