@@ -11,7 +11,7 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int kFewRows = 5;  // from 6 on rows in lanes are faster
+constexpr int kFewRows = 5;  // accumulators of two keys that fit 16 registers; more rows go into lanes
 constexpr int kLine = 64;    // bytes
 
 // lanes[row * kTileKeys + i], summed over its lanes, is rows[row] . key i, for two keys; rows are zero-padded to whole

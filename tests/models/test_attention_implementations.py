@@ -154,7 +154,7 @@ def test_what_is_not_served_says_so():
     model.set_attn_implementation("vtk")
     with pytest.raises(NotImplementedError, match="a cache that grows"):
         model.generate(**inputs, max_new_tokens=3, cache_implementation="static", disable_compile=True)
-    with pytest.raises(NotImplementedError, match=r"a mask \[B, N = 9\], got \[1, 1, 9, 9\]"):
+    with pytest.raises(NotImplementedError, match=r"float32 \[B, N = 9\], got torch.bool \[1, 1, 9, 9\]"):
         model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
     config = transformers.MistralConfig(**{**model.config.to_dict(), "sliding_window": 4, "model_type": "mistral"})
     sliding = transformers.MistralForCausalLM(config).eval()

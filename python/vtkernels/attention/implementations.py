@@ -75,7 +75,8 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **_options: Any,
 ) -> Tensor | None:
-    """The mask that the implementations take: bool ``[B, kv_length]``, or None without padding.
+    """The mask that the implementations take: float32 ``[B, kv_length]``, the bias of each key, 0 or -inf for padding;
+    None without padding. Made once for all layers.
 
     Raises:
         NotImplementedError: a mask that is neither causal nor none (sliding windows, packed sequences, prefixes), or a
@@ -93,7 +94,8 @@ def padding_mask(
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None
-    return attention_mask[:, -kv_length:]
+    padding = ~attention_mask[:, -kv_length:].bool()
+    return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -math.inf)
 
 
 def _attend(
@@ -117,14 +119,13 @@ def _attend(
     _serve(dropout == 0.0, f"no dropout, got {dropout}")
     _serve(sliding_window is None or sliding_window >= keys, f"no sliding window below {keys} keys")
     _serve(not others.get("output_attentions"), "no output_attentions: there is no attention matrix")
-    bias = None
     if mask is not None:
-        _serve(mask.dim() == 2 and mask.shape[1] == keys, f"a mask [B, N = {keys}], got {list(mask.shape)}")
-        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.bool(), -math.inf)
+        fits = mask.dim() == 2 and mask.shape[1] == keys and mask.dtype == torch.float32
+        _serve(fits, f"a mask as padding_mask makes it, float32 [B, N = {keys}], got {mask.dtype} {list(mask.shape)}")
     if lists is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         lists = _all_blocks(rows, keys, causal, query.device)
-    out, _ = lists.attend(query, key, value, scale=scaling, key_bias=bias)
+    out, _ = lists.attend(query, key, value, scale=scaling, key_bias=mask)
     return out.transpose(1, 2).contiguous()
 
 

@@ -124,7 +124,9 @@ def _block_sparse_attention_autograd(query, key, value, block_counts, block_indi
     def call(query, key, value):
         return op(query, key, value, block_counts, block_indices, **options)
 
-    return _Attend.apply(call, query, key, value) if needs_grad(query, key, value) else below(call, query, key, value)
+    if needs_grad(query, key, value):
+        return _Attend.apply(call, query, key, value)
+    return below(call, query, key, value)
 
 
 _library = torch.library.Library("vtk", "FRAGMENT")
