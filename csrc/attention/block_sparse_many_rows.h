@@ -7,33 +7,13 @@
 // [6 channels][keys], for rows D apart fall into a few sets of L1.
 #pragma once
 #include "attention/block_sparse_keys.h"
+#include "common/dot_tile.h"
 
 namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int kGroup = 2 * kLanes;
-constexpr int kRegisterRows = 6;  // keys or channels of a register tile
-
-// logits[key][group] = k q^T for kRegisterRows keys.
-inline void multiply_keys(const float* const* keys, const float* q, int32_t depth, float* logits) {
-  f32v sum[kRegisterRows][2] = {};
-  const float *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3], *k4 = keys[4], *k5 = keys[5];
-  for (int32_t d = 0; d < depth; ++d) {
-    const float k[kRegisterRows] = {k0[d], k1[d], k2[d], k3[d], k4[d], k5[d]};
-    const f32v low = load(q + d * kGroup), high = load(q + d * kGroup + kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < kRegisterRows; ++i) {
-      sum[i][0] += k[i] * low;
-      sum[i][1] += k[i] * high;
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < kRegisterRows; ++i) {
-    store(logits + i * kGroup, sum[i][0]);
-    store(logits + i * kGroup + kLanes, sum[i][1]);
-  }
-}
+constexpr int kRegisterRows = kTileRows;  // keys or channels of a register tile
 
 // out[channel][group] = out * correction + v^T probabilities for kWidth channels.
 template <int kWidth>
@@ -163,8 +143,11 @@ class ManyRows {
 
   void attend(int32_t g) {
     const float* q = &queries_[int64_t{g} * kGroup * p.head_dim];
-    for (int32_t i = 0; i < tile_.count; i += kRegisterRows)
-      multiply_keys(&key_[i], q, p.head_dim, &logits_[i * kGroup]);
+    for (int32_t i = 0; i < tile_.count; i += kRegisterRows) {
+      f32v dot[kRegisterRows][2];
+      dot_tile(&key_[i], q, p.head_dim, dot);
+      std::memcpy(&logits_[i * kGroup], dot, sizeof dot);
+    }
     if (p.key_bias != nullptr) add_bias();
     if (tile_.causal && tile_.last >= limit_[g * kGroup]) hide(g);
     f32v correct_low, correct_high;

@@ -44,4 +44,17 @@ inline void parallel_for(int64_t count, int64_t grain, Body&& body) {
   if (guarded.failure) std::rethrow_exception(guarded.failure);
 }
 
+// Calls body(b) for every item b of a batch. Enough items: a thread each. Few: one after the other, and the threads
+// share every item, whose body forks by itself.
+template <class Body>
+inline void parallel_items(int64_t batch, const Body& body) {
+  auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) body(b);
+  };
+  if (batch >= num_threads())
+    parallel_for(batch, 1, each);
+  else
+    each(0, batch);
+}
+
 }  // namespace vtk

@@ -16,11 +16,12 @@
 #include <functional>
 #include <limits>
 
+#include "common/dot_tile.h"
+#include "common/norm.h"
 #include "common/order_key.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "device/tile.h"
-#include "merge/dot_tile.h"
 
 namespace vtk {
 namespace VTK_ISA {
@@ -267,16 +268,10 @@ void number_segments(const BipartiteMatchParams& p) {
 }  // namespace
 
 void bipartite_match_cpu(const BipartiteMatchParams& p) {
-  auto match = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int32_t rows = Matcher(p, b).run();
-      if (p.cu_merged != nullptr) p.cu_merged[b + 1] = rows;
-    }
-  };
-  if (p.batch >= num_threads())
-    parallel_for(p.batch, 1, match);
-  else
-    match(0, p.batch);
+  parallel_items(p.batch, [&](int64_t b) {
+    const int32_t rows = Matcher(p, b).run();
+    if (p.cu_merged != nullptr) p.cu_merged[b + 1] = rows;
+  });
   if (p.cu_merged != nullptr) number_segments(p);
 }
 

@@ -114,14 +114,7 @@ class DensityPeaks {
 }  // namespace
 
 void cluster_dpc_knn_cpu(const ClusterDpcKnnParams& p) {
-  auto cluster = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) DensityPeaks(p, b).run();
-  };
-  // Enough items: a thread each. Few: the threads share every item.
-  if (p.tokens.batch >= num_threads())
-    parallel_for(p.tokens.batch, 1, cluster);
-  else
-    cluster(0, p.tokens.batch);
+  parallel_items(p.tokens.batch, [&](int64_t b) { DensityPeaks(p, b).run(); });
 }
 
 }  // namespace VTK_ISA

@@ -116,14 +116,7 @@ class Medoids {
 }  // namespace
 
 void cluster_kmedoids_cpu(const ClusterKmedoidsParams& p) {
-  auto cluster = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) Medoids(p, b).run();
-  };
-  // Enough items: a thread each. Few: the threads share every item.
-  if (p.tokens.batch >= num_threads())
-    parallel_for(p.tokens.batch, 1, cluster);
-  else
-    cluster(0, p.tokens.batch);
+  parallel_items(p.tokens.batch, [&](int64_t b) { Medoids(p, b).run(); });
 }
 
 }  // namespace VTK_ISA

@@ -7,6 +7,7 @@
 #include "common/backend.h"
 #include "common/check.h"
 #include "common/empty.h"
+#include "common/metric_argument.h"
 #include "merge/bipartite_match.h"
 
 namespace vtk {
@@ -14,17 +15,7 @@ namespace vtk {
 // metric [B, N, C], or packed [T, C], which is one batch row until set_segments divides it.
 inline void set_metric(const char* op, BipartiteMatchParams& p, const Tensor& metric, bool packed,
                        const std::optional<Tensor>& protect) {
-  check_dim(op, "metric", metric, packed ? 2 : 3, packed ? "[T, C]" : "[B, N, C]");
-  p.dtype = float_dtype(op, "metric", metric);
-  check_contiguous_last(op, "metric", metric);
-  const int64_t token_dim = packed ? 0 : 1;
-  p.batch = packed ? 1 : check_count(op, "batch size", metric.size(0));
-  p.num_tokens = check_count(op, "token count", metric.size(token_dim));
-  p.channels = check_count(op, "metric channel count", metric.size(token_dim + 1));
-  VTK_CHECK(op, p.channels > 0, "expected metric with at least one channel, got ", shape_text(metric));
-  p.metric = metric.const_data_ptr();
-  p.stride_batch = packed ? 0 : metric.stride(0);
-  p.stride_token = metric.stride(token_dim);
+  set_metric(op, p, metric, packed);
   std::vector<int64_t> shape = {p.batch, p.num_tokens};
   if (packed) shape = {p.num_tokens};
   p.protect = mask_view(op, "protect", protect, packed ? "[T]" : "[B, N]", shape, "metric", metric);

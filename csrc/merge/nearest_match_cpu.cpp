@@ -15,9 +15,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/dot_tile.h"
+#include "common/norm.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "merge/dot_tile.h"
 
 namespace vtk {
 namespace VTK_ISA {
@@ -183,13 +184,7 @@ class Matcher {
 
 template <class T>
 void run(const NearestMatchParams& p) {
-  auto match = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) Matcher<T>(p, b).run();
-  };
-  if (p.batch >= num_threads())
-    parallel_for(p.batch, 1, match);
-  else
-    match(0, p.batch);
+  parallel_items(p.batch, [&](int64_t b) { Matcher<T>(p, b).run(); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "common/backend.h"
 #include "common/check.h"
 #include "common/empty.h"
+#include "common/metric_argument.h"
 
 namespace vtk {
 namespace {
@@ -33,16 +34,7 @@ void set_kernel(EnergyScoresParams& p, const std::string& kind, double margin, d
 Tensor energy_scores(const Tensor& metric, double margin, const std::string& kind, double alpha,
                      const std::optional<Tensor>& valid) {
   EnergyScoresParams p = {};
-  check_dim(kOp, "metric", metric, 3, "[B, N, C]");
-  p.dtype = float_dtype(kOp, "metric", metric);
-  check_contiguous_last(kOp, "metric", metric);
-  p.batch = check_count(kOp, "batch size", metric.size(0));
-  p.num_tokens = check_count(kOp, "token count", metric.size(1));
-  p.channels = check_count(kOp, "metric channel count", metric.size(2));
-  VTK_CHECK(kOp, p.channels > 0, "expected metric with at least one channel, got ", shape_text(metric));
-  p.metric = metric.const_data_ptr();
-  p.stride_batch = metric.stride(0);
-  p.stride_token = metric.stride(1);
+  set_metric(kOp, p, metric);
   p.valid = mask_view(kOp, "valid", valid, "[B, N]", {p.batch, p.num_tokens}, "metric", metric);
   set_kernel(p, kind, margin, alpha);
 

@@ -17,6 +17,7 @@
 #include <limits>
 
 #include "common/dot_panel.h"
+#include "common/norm.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "device/tile.h"
@@ -111,7 +112,7 @@ class Energies {
   template <class T>
   void load_tokens() {
     parallel_for(p.num_tokens, grain(p.channels), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) inverse_[n] = inverse_norm(row<T>(n));
+      for (int64_t n = begin; n < end; ++n) inverse_[n] = inverse_norm(dot_pair(row<T>(n), row<T>(n), p.channels));
     });
     for (int32_t n = 0; n < p.num_tokens; ++n) {
       out_[n] = is_valid(n) ? kNaN : -kInfinity;
@@ -122,14 +123,6 @@ class Energies {
     parallel_for(groups_, grain(int64_t{kGroup} * p.channels), [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) pack<T>(static_cast<int32_t>(group));
     });
-  }
-
-  // 1 / norm; 0 for a zero vector, NaN for a token without a cosine.
-  template <class T>
-  float inverse_norm(const T* x) const {
-    const float squared = dot_pair(x, x, p.channels);
-    if (!(squared < kInfinity)) return kNaN;
-    return squared >= kMinSquaredNorm ? 1.0f / std::sqrt(squared) : 0.0f;
   }
 
   // Lanes without a token are zero vectors.
@@ -214,14 +207,7 @@ class Energies {
 }  // namespace
 
 void energy_scores_cpu(const EnergyScoresParams& p) {
-  auto score = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) Energies(p, b).run();
-  };
-  // Enough items: a thread each. Few: the threads share every item.
-  if (p.batch >= num_threads())
-    parallel_for(p.batch, 1, score);
-  else
-    score(0, p.batch);
+  parallel_items(p.batch, [&](int64_t b) { Energies(p, b).run(); });
 }
 
 }  // namespace VTK_ISA

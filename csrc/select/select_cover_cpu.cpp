@@ -175,14 +175,7 @@ void select_item(const SelectCoverParams& p, int64_t b) {
 }  // namespace
 
 void select_cover_cpu(const SelectCoverParams& p) {
-  auto select = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) select_item(p, b);
-  };
-  // Enough items: a thread each. Few: the threads share every item.
-  if (p.batch >= num_threads())
-    parallel_for(p.batch, 1, [&](int64_t begin, int64_t end) { select(begin, end); });
-  else
-    select(0, p.batch);
+  parallel_items(p.batch, [&](int64_t b) { select_item(p, b); });
 }
 
 }  // namespace VTK_ISA

@@ -352,18 +352,13 @@ void select_item(const SelectDiverseParams& p, int64_t b) {
 }  // namespace
 
 void select_diverse_cpu(const SelectDiverseParams& p) {
-  auto select = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) switch (p.dtype) {
-        case DType::kFloat32: select_item<float>(p, b); break;
-        case DType::kFloat16: select_item<f16>(p, b); break;
-        case DType::kBFloat16: select_item<bf16>(p, b); break;
-      }
-  };
-  // Enough items: a thread each. Few: the threads share every item.
-  if (p.batch >= num_threads())
-    parallel_for(p.batch, 1, [&](int64_t begin, int64_t end) { select(begin, end); });
-  else
-    select(0, p.batch);
+  parallel_items(p.batch, [&](int64_t b) {
+    switch (p.dtype) {
+      case DType::kFloat32: return select_item<float>(p, b);
+      case DType::kFloat16: return select_item<f16>(p, b);
+      case DType::kBFloat16: return select_item<bf16>(p, b);
+    }
+  });
 }
 
 }  // namespace VTK_ISA

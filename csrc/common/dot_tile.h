@@ -1,11 +1,7 @@
-// The register tile of the matching kernels: dot products of a group of tokens, a lane each, with six rows whose
-// elements are broadcast: 12 accumulators, 8 loads for 12 FMAs a channel. Every dot product is summed in the order of
-// the channels. Include only from *_cpu.cpp files.
+// The register tile of the matching and attention kernels: dot products of a group of tokens, a lane each, with six
+// rows whose elements are broadcast: 12 accumulators, 8 loads for 12 FMAs a channel. Every dot product is summed in the
+// order of the channels. Include only from *_cpu.cpp files.
 #pragma once
-#include <cmath>
-#include <limits>
-
-#include "common/cosine.h"
 #include "common/simd.h"
 
 namespace vtk {
@@ -13,21 +9,6 @@ namespace VTK_ISA {
 
 constexpr int kGroup = 2 * kLanes;  // tokens of a tile
 constexpr int kTileRows = 6;
-
-template <class T>
-static inline float squared_norm(const T* x, int32_t channels) {
-  f32v lanes = {};
-  int32_t d = 0;
-  for (; d + kLanes <= channels; d += kLanes) lanes += load(x + d) * load(x + d);
-  const f32v tail = load_partial(x + d, channels - d);
-  return sum(lanes + tail * tail);
-}
-
-// 1 / norm; 0 for a zero vector, NaN for a token without a cosine.
-static inline float inverse_norm(float squared_norm) {
-  if (!(squared_norm < std::numeric_limits<float>::infinity())) return NAN;
-  return squared_norm >= kMinSquaredNorm ? 1.0f / std::sqrt(squared_norm) : 0.0f;
-}
 
 // Lane j of v[i] and lane i of v[j] change places.
 template <int kStep = 1>
