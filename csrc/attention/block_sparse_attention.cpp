@@ -1,152 +1,14 @@
 // block_sparse_attention: schema, checks, allocation, launch.
-#include "attention/block_sparse_attention.h"
-
-#include <cmath>
 #include <tuple>
 
+#include "attention/block_sparse_arguments.h"
 #include "common/backend.h"
-#include "common/check.h"
 #include "common/empty.h"
-#include "device/tile.h"
 
 namespace vtk {
 namespace {
 
-using OptTensor = std::optional<Tensor>;
 constexpr const char* kOp = "block_sparse_attention";
-constexpr int64_t kMaxHeadDim = 256;
-
-HeadsView heads_view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-void set_query(BlockSparseAttentionParams& p, const Tensor& query) {
-  check_dim(kOp, "query", query, 4, "[B, H, Q, D]");
-  p.dtype = float_dtype(kOp, "query", query);
-  check_contiguous_last(kOp, "query", query);
-  p.batch = check_count(kOp, "batch size", query.size(0));
-  p.num_heads = check_count(kOp, "query head count", query.size(1));
-  p.num_queries = check_count(kOp, "query row count", query.size(2));
-  VTK_CHECK(kOp, query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, "expected query with D from 1 to ", kMaxHeadDim,
-            ", got ", shape_text(query));
-  p.head_dim = static_cast<int32_t>(query.size(3));
-  p.query = heads_view(query);
-}
-
-// key or value
-void check_heads(const char* name, const Tensor& x, const Tensor& query) {
-  check_dim(kOp, name, x, 4, "[B, Hk, N, D]");
-  check_same_device(kOp, name, x, "query", query);
-  check_dtype(kOp, name, x, query.scalar_type());
-  check_contiguous_last(kOp, name, x);
-}
-
-void set_key_value(BlockSparseAttentionParams& p, const Tensor& key, const Tensor& value, const Tensor& query) {
-  check_heads("key", key, query);
-  check_heads("value", value, query);
-  VTK_CHECK(kOp, key.size(0) == query.size(0) && key.size(3) == query.size(3),
-            "expected key of shape [B, Hk, N, D] with B = ", query.size(0), " and D = ", query.size(3),
-            " as in query, got ", shape_text(key));
-  VTK_CHECK(kOp, key.size(1) > 0 ? query.size(1) % key.size(1) == 0 : query.size(1) == 0,
-            "expected key with a head count that divides the ", query.size(1), " heads of query, got ",
-            shape_text(key));
-  check_shape(kOp, "value", value, "key.shape = [B, Hk, N, D]", {key.size(0), key.size(1), key.size(2), key.size(3)});
-  p.key_heads = static_cast<int32_t>(key.size(1));
-  p.num_keys = check_count(kOp, "key count", key.size(2));
-  p.key = heads_view(key);
-  p.value = heads_view(value);
-}
-
-// The CPU reads the lists. On CUDA, where a report needs a synchronisation, kernels clamp counts to the capacity and
-// pass over entries outside [0, limit).
-void check_entries([[maybe_unused]] const BlockSparseAttentionParams& p, [[maybe_unused]] const std::string& name,
-                   [[maybe_unused]] const BlockLists& lists, [[maybe_unused]] int32_t rows,
-                   [[maybe_unused]] int32_t limit) {
-#if !defined(VTK_BACKEND_CUDA)
-  const int32_t batches = lists.count_stride_batch != 0 || lists.entry_stride_batch != 0 ? p.batch : 1;
-  const int32_t heads = lists.count_stride_head != 0 || lists.entry_stride_head != 0 ? p.num_heads : 1;
-  for (int32_t b = 0; b < batches; ++b)
-    for (int32_t h = 0; h < heads; ++h)
-      for (int32_t row = 0; row < rows; ++row) {
-        const int32_t count =
-            lists.counts[b * lists.count_stride_batch + h * lists.count_stride_head + row * lists.count_stride_row];
-        VTK_CHECK(kOp, count >= 0 && count <= lists.capacity, "expected 0 <= ", name, "_counts <= ", lists.capacity,
-                  " (the capacity of ", name, "_indices), got ", count, " for query block ", row, " of head ", h,
-                  " of batch item ", b);
-        const int32_t* entries =
-            lists.entries + b * lists.entry_stride_batch + h * lists.entry_stride_head + row * lists.entry_stride_row;
-        for (int32_t i = 0; i < count; ++i)
-          VTK_CHECK(kOp, entries[i] >= 0 && entries[i] < limit, "expected 0 <= ", name, "_indices < ", limit, ", got ",
-                    entries[i], " for query block ", row, " of head ", h, " of batch item ", b);
-      }
-#endif
-}
-
-// name: "block", "full" or "column", as in block_counts and block_indices.
-BlockLists lists_view(const BlockSparseAttentionParams& p, const std::string& name, const OptTensor& counts,
-                      const OptTensor& indices, int32_t limit, const Tensor& query) {
-  VTK_CHECK(kOp, counts.has_value() == indices.has_value(), "expected ", name, "_counts and ", name,
-            "_indices together");
-  if (!counts.has_value()) return {};
-  const std::string counts_name = name + "_counts", indices_name = name + "_indices";
-  const int32_t rows = ceil_div(p.num_queries, p.block_q);
-  check_same_device(kOp, counts_name.c_str(), *counts, "query", query);
-  check_same_device(kOp, indices_name.c_str(), *indices, "query", query);
-  check_dtype(kOp, counts_name.c_str(), *counts, ScalarType::Int);
-  check_dtype(kOp, indices_name.c_str(), *indices, ScalarType::Int);
-  auto fits = [&](const Tensor& t, int64_t dim) {
-    return t.dim() == dim && (t.size(0) == 1 || t.size(0) == p.batch) && (t.size(1) == 1 || t.size(1) == p.num_heads) &&
-           t.size(2) == rows;
-  };
-  VTK_CHECK(kOp, fits(*counts, 3), "expected ", counts_name, " of shape [B | 1, H | 1, Mq] with B = ", p.batch,
-            ", H = ", p.num_heads, ", Mq = ceil(Q / block_q) = ", rows, ", got ", shape_text(*counts));
-  VTK_CHECK(kOp, fits(*indices, 4), "expected ", indices_name,
-            " of shape [B | 1, H | 1, Mq, capacity] with B = ", p.batch, ", H = ", p.num_heads,
-            ", Mq = ceil(Q / block_q) = ", rows, ", got ", shape_text(*indices));
-  check_contiguous_last(kOp, indices_name.c_str(), *indices);
-  auto stride = [](const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-  BlockLists lists;
-  lists.counts = static_cast<const int32_t*>(counts->const_data_ptr());
-  lists.entries = static_cast<const int32_t*>(indices->const_data_ptr());
-  lists.count_stride_batch = stride(*counts, 0);
-  lists.count_stride_head = stride(*counts, 1);
-  lists.count_stride_row = stride(*counts, 2);
-  lists.entry_stride_batch = stride(*indices, 0);
-  lists.entry_stride_head = stride(*indices, 1);
-  lists.entry_stride_row = stride(*indices, 2);
-  lists.capacity = check_count(kOp, "list capacity", indices->size(3));
-#if defined(VTK_BACKEND_CUDA)
-  VTK_CHECK(kOp, lists.capacity < 1 << 24, "expected ", indices_name,
-            " with fewer than 2^24 entries a list on CUDA, got ", shape_text(*indices));
-#endif
-  if (p.batch > 0 && p.num_heads > 0) check_entries(p, name, lists, rows, limit);
-  return lists;
-}
-
-void set_key_bias(BlockSparseAttentionParams& p, const OptTensor& bias, const Tensor& query) {
-  if (!bias.has_value()) return;
-  check_same_device(kOp, "key_bias", *bias, "query", query);
-  check_dtype(kOp, "key_bias", *bias, ScalarType::Float);
-  check_shape(kOp, "key_bias", *bias, "[B, N]", {p.batch, p.num_keys});
-  p.key_bias = static_cast<const float*>(bias->const_data_ptr());
-  p.bias_stride_batch = bias->stride(0);
-  p.bias_stride_key = bias->stride(1);
-}
-
-// On CUDA kernels clamp a length to [0, N].
-void set_seqlens(BlockSparseAttentionParams& p, const OptTensor& seqlens, const Tensor& query) {
-  if (!seqlens.has_value()) return;
-  check_same_device(kOp, "seqlens_k", *seqlens, "query", query);
-  check_dtype(kOp, "seqlens_k", *seqlens, ScalarType::Int);
-  check_shape(kOp, "seqlens_k", *seqlens, "[B]", {p.batch});
-  p.seqlens_k = static_cast<const int32_t*>(seqlens->const_data_ptr());
-  p.seqlens_stride = seqlens->stride(0);
-#if !defined(VTK_BACKEND_CUDA)
-  for (int32_t b = 0; b < p.batch; ++b) {
-    const int32_t length = p.seqlens_k[b * p.seqlens_stride];
-    VTK_CHECK(kOp, length >= 0 && length <= p.num_keys, "expected 0 <= seqlens_k <= N = ", p.num_keys,
-              ", got seqlens_k[", b, "] = ", length);
-  }
-#endif
-}
 
 // block_sparse_attention(query [B, H, Q, D], key and value [B, Hk, N, D], lists) -> (out [B, H, Q, D], lse [B, H, Q])
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -157,21 +19,13 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
                                                   const OptTensor& column_indices, const OptTensor& key_bias,
                                                   const OptTensor& seqlens_k, bool token_offsets) {
   BlockSparseAttentionParams p = {};
-  set_query(p, query);
-  set_key_value(p, key, value, query);
-  for (auto [name, size] : {std::pair{"block_q", block_q}, std::pair{"block_k", block_k}})
-    VTK_CHECK(kOp, size == 64 || size == 128, "expected ", name, " to be 64 or 128, got ", size);
-  p.block_q = static_cast<int32_t>(block_q);
-  p.block_k = static_cast<int32_t>(block_k);
-  p.causal = causal;
-  p.token_offsets = token_offsets;
-  p.scale = static_cast<float>(scale.has_value() ? *scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim)));
-  const int32_t limit = token_offsets ? p.num_keys : ceil_div(p.num_keys, p.block_k);
-  p.partial = lists_view(p, "block", block_counts, block_indices, limit, query);
-  p.full = lists_view(p, "full", full_counts, full_indices, limit, query);
-  p.columns = lists_view(p, "column", column_counts, column_indices, p.num_keys, query);
-  set_key_bias(p, key_bias, query);
-  set_seqlens(p, seqlens_k, query);
+  set_query(kOp, p, query);
+  set_key_value(kOp, p, key, value, query);
+  set_options(kOp, p, block_q, block_k, causal, scale);
+  set_lists(kOp, p, block_counts, block_indices, full_counts, full_indices, column_counts, column_indices,
+            token_offsets, query);
+  set_key_bias(kOp, p, key_bias, query);
+  set_seqlens(kOp, p, seqlens_k, query);
 
   Tensor out = empty({p.batch, p.num_heads, p.num_queries, p.head_dim}, query.scalar_type(), query);
   Tensor lse = empty({p.batch, p.num_heads, p.num_queries}, ScalarType::Float, query);
