@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 #include <vector>
 
 #include "attention/block_sparse_few_rows.h"
@@ -47,7 +48,7 @@ int64_t keys_listed(const BlockSparseAttentionParams& p, int32_t b, int32_t h, i
          list_of(p.columns, b, h, row).count;
 }
 
-template <class T>
+template <class Products>
 void attend_many_rows(const BlockSparseAttentionParams& p) {
   std::vector<QueryBlock> blocks;
   int64_t keys = 0;
@@ -61,8 +62,8 @@ void attend_many_rows(const BlockSparseAttentionParams& p) {
                    [](const QueryBlock& x, const QueryBlock& y) { return x.keys > y.keys; });
   run_tasks(
       static_cast<int64_t>(blocks.size()), keys * std::min(p.block_q, p.num_queries) * p.head_dim,
-      [&] { return ManyRows<T>(p); },
-      [&](ManyRows<T>& worker, int64_t i) { worker.run(blocks[i].b, blocks[i].h, blocks[i].row); });
+      [&] { return ManyRows<Products>(p); },
+      [&](ManyRows<Products>& worker, int64_t i) { worker.run(blocks[i].b, blocks[i].h, blocks[i].row); });
 }
 
 // Heads of one key head may be rows of one task when one list serves them all.
@@ -119,22 +120,33 @@ void attend_few_rows(const BlockSparseAttentionParams& p) {
   }
 }
 
+bool has_few_rows(const BlockSparseAttentionParams& p) { return p.num_queries * heads_of_a_task(p) <= kFewRows; }
+
+#if !defined(__AVX512BF16__)
 template <class T>
 void attend(const BlockSparseAttentionParams& p) {
-  if (p.num_queries * heads_of_a_task(p) <= kFewRows)
-    attend_few_rows<T>(p);
-  else
-    attend_many_rows<T>(p);
+  if (has_few_rows(p)) return attend_few_rows<T>(p);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (bf16_pairs_wanted()) return attend_many_rows<PairProducts>(p);
+  }
+  attend_many_rows<FloatProducts<T>>(p);
 }
+#endif
 
 }  // namespace
 
 void block_sparse_attention_cpu(const BlockSparseAttentionParams& p) {
+#if defined(__AVX512BF16__)
+  // Nothing else gains.
+  if (p.dtype != DType::kBFloat16 || has_few_rows(p)) return avx512::block_sparse_attention_cpu(p);
+  attend_many_rows<PairProducts>(p);
+#else
   switch (p.dtype) {
     case DType::kFloat32: return attend<float>(p);
     case DType::kFloat16: return attend<f16>(p);
     case DType::kBFloat16: return attend<bf16>(p);
   }
+#endif
 }
 
 }  // namespace VTK_ISA

@@ -1,8 +1,9 @@
-"""python -m tests.isa avx512 [pytest's arguments]: the CPU tests, the kernels of that instruction set emulated."""
+"""python -m tests.isa avx512|avx512_bf16 [pytest's arguments]: the cpu tests, with the kernels of that set emulated."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import subprocess
@@ -20,7 +21,6 @@ PARALLEL_RANGES = re.compile(r"([0-9a-f]+) [tT] vtk::parallel_ranges\(")
 # fn(context, 0, count): torch's threads would run the kernels' code on the real processor.
 # mov rax, rdx; mov rdx, rdi; xor esi, esi; mov rdi, rcx; jmp rax
 ONE_RANGE = bytes.fromhex("4889d0 4889fa 31f6 4889cf ffe0")
-
 calls: Counter[str] = Counter()
 
 
@@ -45,29 +45,40 @@ def _emulated(emulator: Emulator, name: str, function: int):
     return ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64))(call)
 
 
-def redirect(isa: str) -> list:
-    """Sends calls of every instruction set's kernels to the emulated ones of `isa`. Returns what must live on."""
+def redirect(isa: str, native: str) -> list:
+    """Sends calls of the `native` kernels to the emulated ones of `isa`. Returns what must live on."""
     library = _library.LIBRARIES.cpu
     symbols = subprocess.run(["nm", "-C", library], check=True, capture_output=True, text=True).stdout
     base = _load_address(library)
     kernels: dict[str, dict[str, int]] = {}
     for offset, variant, name in KERNEL.findall(symbols):
         kernels.setdefault(name, {})[variant] = base + int(offset, 16)
+    write_code(base + int(PARALLEL_RANGES.search(symbols)[1], 16), ONE_RANGE)
     emulator = Emulator()
     callbacks = []
-    write_code(base + int(PARALLEL_RANGES.search(symbols)[1], 16), ONE_RANGE)
     for name, variants in kernels.items():
-        if isa not in variants:
-            continue
-        callbacks.append(_emulated(emulator, name, variants[isa]))
-        for variant in variants.keys() - {isa}:
-            write_code(variants[variant], _entry(ctypes.cast(callbacks[-1], ctypes.c_void_p).value))
+        if isa in variants:
+            callbacks.append(_emulated(emulator, name, variants[isa]))
+            write_code(variants[native], _entry(ctypes.cast(callbacks[-1], ctypes.c_void_p).value))
+    if not callbacks:
+        sys.exit(f"tests.isa: {library} has no kernels for {isa}")
     return callbacks
 
 
+def main(isa: str, *arguments: str) -> int:
+    if importlib.util.find_spec("bochscpu") is None:
+        print("tests.isa: skipped, no emulator: pip install bochscpu-python==0.4.0")
+        return 0
+    native = _library.cpu_isa()
+    if native not in ("generic", "avx2"):
+        sys.exit(f"tests.isa: the kernels of {native} may be those to emulate: set VTK_CPU_ISA=avx2")
+    kept = redirect(isa, native)
+    status = pytest.main(["-k", "cpu", *arguments])
+    print(f"{len(kept)} kernels of {isa} emulated, calls:", ", ".join(f"{n} {count}" for n, count in calls.items()))
+    return status
+
+
 if __name__ == "__main__":
-    kept = redirect(sys.argv[1])
-    status = pytest.main(["-k", "cpu", *sys.argv[2:]])
-    print(f"calls emulated with {sys.argv[1]}:", ", ".join(f"{name} {count}" for name, count in sorted(calls.items())))
+    code = main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(status)  # the emulator does not survive the interpreter's end
+    os._exit(code)  # the emulator does not survive the interpreter's end
