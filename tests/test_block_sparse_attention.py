@@ -273,6 +273,34 @@ def test_errors(backend, call, message):
         call(backend.ops.block_sparse_attention)
 
 
+@pytest.mark.parametrize("token_offsets", [False, True])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_as_many_keys_as_numbers_allow(backend, random, rows, token_offsets):
+    """Keys that share one row of memory: no sum of key numbers may leave 32 bits."""
+    keys = 2**31 - 128
+    query, key, value = (backend.put(x) for x in inputs(random, rows, 1, 8, heads=1))
+    last = keys - 1 if token_offsets else -(-keys // 128) - 1
+    given = {
+        "block_counts": torch.full((1, 1, 1), 2, dtype=torch.int32),
+        "block_indices": torch.tensor([0, last], dtype=torch.int32).expand(1, 1, 1, 2),
+        "column_counts": torch.ones(1, 1, 1, dtype=torch.int32),
+        "column_indices": torch.full((1, 1, 1, 1), keys - 1, dtype=torch.int32),
+    }
+
+    def call(keys):
+        many = (x.expand(1, 1, keys, 8) for x in (key, value))
+        options = {n: backend.put(t) for n, t in given.items()} | {"causal": True, "token_offsets": token_offsets}
+        return backend.ops.block_sparse_attention(query, *many, **options)
+
+    out, lse = call(keys)
+    torch.testing.assert_close(out, value.expand(1, 1, rows, 8), rtol=1e-5, atol=1e-5)
+    listed = 128 + (1 if token_offsets else keys - 128 * last) + 1
+    expected = (query @ key.mT)[..., 0] / 8**0.5 + math.log(listed)
+    torch.testing.assert_close(lse[..., -1], expected[..., -1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=f"expected key with at most {keys} rows, got {keys + 1}"):
+        call(keys + 1)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
