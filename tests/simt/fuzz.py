@@ -85,7 +85,7 @@ def valid_lists(counts: Tensor, indices: Tensor, limit: int) -> tuple[Tensor, Te
     return valid.sum(-1).int(), indices.expand(valid.shape).gather(-1, order), faults
 
 
-def draw_lists(draw: Draw, shape: list[int], limit: int, capacity: int, spoil: bool) -> tuple[Tensor, Tensor]:
+def draw_lists(draw: Draw, shape: list[int], limit: int, capacity: int, spoil: set) -> tuple[Tensor, Tensor]:
     """Counts and indices of one kind of list, each for all or shared by batch items or heads."""
     counts_shape, indices_shape = ([draw.choice([1, shape[0]]), draw.choice([1, shape[1]]), shape[2]] for _ in "ab")
     counts = draw.ints(counts_shape, lambda: draw.randint(0, capacity if limit else 0))
@@ -94,15 +94,15 @@ def draw_lists(draw: Draw, shape: list[int], limit: int, capacity: int, spoil: b
         lambda: draw.choice([0, limit - 1, draw.randrange(limit), draw.randrange(limit)]) if limit else -1,
     )
     most = counts.amax((0, 1)) if counts.numel() else counts.new_zeros(shape[2])
-    if spoil:
-        counts.apply_(lambda n: draw.choice([*GARBAGE, capacity + 1]) if draw.chance(0.2) else n)
-        indices.apply_(lambda n: draw.choice([*GARBAGE, limit]) if draw.chance(0.2) else n)
+    for name, values, bad in (("counts", counts, capacity + 1), ("indices", indices, limit)):
+        garbage, share = draw.choice([*GARBAGE, bad, bad]), draw.choice([0.1, 0.4]) if name in spoil else 0.0
+        values.apply_(lambda n, garbage=garbage, share=share: garbage if draw.chance(share) else n)
     unused = torch.arange(capacity) >= most[:, None]
     return draw.laid_out(counts), draw.shared(indices.masked_fill(unused, GARBAGE[0]))
 
 
 def draw_attention(draw: Draw) -> dict[str, Any]:
-    """The arguments of attention over block lists: any sizes, any lists, half the time with garbage."""
+    """The arguments of attention over block lists: any sizes, any lists, most of the time with garbage."""
     work = math.inf
     while work > 500_000:
         batch, key_heads, group = draw.choice([0, 1, 1, 2]), draw.choice([1, 1, 2]), draw.choice([0, 1, 1, 2, 3, 4])
@@ -117,7 +117,8 @@ def draw_attention(draw: Draw) -> dict[str, Any]:
     }
     drawn |= {"block_q": draw.choice([64, 128]), "block_k": draw.choice([64, 128]), "causal": draw.chance(0.5)}
     drawn |= {"token_offsets": draw.chance(0.4), "scale": draw.choice([None, None, 0.0, -0.3, 3.0])}
-    spoil = draw.chance(0.5)
+    # One kind of garbage, so that no check stands in for another, or all of them.
+    spoil = draw.choice([set(), {"counts"}, {"indices"}, {"seqlens_k"}, {"counts", "indices", "seqlens_k"}])
     for name in ("block", "full", "column"):
         if name == "block" or draw.chance(0.4):
             shape = [batch, heads, -(-rows // drawn["block_q"])]
@@ -130,7 +131,7 @@ def draw_attention(draw: Draw) -> dict[str, Any]:
         bias = draw.normal(batch, keys).apply_(lambda x: draw.choice(some) if draw.chance(0.2) else x)
         drawn["key_bias"] = draw.laid_out(bias)
     if draw.chance(0.4):
-        lengths = [*GARBAGE, keys + 1] if spoil and draw.chance(0.5) else [0, keys, keys // 2]
+        lengths = [draw.choice([*GARBAGE, keys + 1, keys + 1])] if "seqlens_k" in spoil else [0, keys, keys // 2]
         drawn["seqlens_k"] = draw.laid_out(draw.ints([batch], lambda: draw.choice(lengths)))
     return drawn
 

@@ -11,8 +11,8 @@ CASES = {"cpu": 200, "simt": 80}
 
 @sanitized.BUILT
 @pytest.mark.parametrize("op", fuzz.OPS)
-@pytest.mark.parametrize("backend", ["cpu", pytest.param("simt", marks=pytest.mark.simt)])
-def test_garbage_is_refused_or_passed_over(backend, op):
-    done = sanitized.run("-m", "tests.simt.fuzz", backend, op, "0", str(CASES[backend]))
+@pytest.mark.parametrize("library", ["cpu", pytest.param("simt", marks=pytest.mark.simt)])
+def test_garbage_is_refused_or_passed_over(library, op):
+    done = sanitized.run("-m", "tests.simt.fuzz", library, op, "0", str(CASES[library]))
     assert done.returncode == 0, done.stdout[-30:] + done.stderr[-4000:]
     assert "clean" in done.stdout
