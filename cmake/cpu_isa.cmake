@@ -1,5 +1,4 @@
-# vtk_cpu_kernels(TARGET sources... [AVX512_BF16 sources...]): compiles each *_cpu.cpp once per instruction set (see
-# common/cpu_isa.h), those named after AVX512_BF16 once more for that.
+# vtk_cpu_kernels(TARGET sources...): compiles each *_cpu.cpp once per instruction set (see common/cpu_isa.h).
 
 set(VTK_CPU_ISAS generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -9,15 +8,14 @@ set(VTK_FLAGS_generic "")
 set(VTK_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi -mbmi2)
 set(VTK_FLAGS_avx512 ${VTK_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
 set(VTK_FLAGS_avx512_bf16 ${VTK_FLAGS_avx512} -mavx512bf16)
+set(VTK_SOURCES_avx512_bf16 "/block_sparse_attention_cpu\\.cpp$")  # those that gain by it
 
 function(vtk_cpu_kernels target)
-  cmake_parse_arguments(PARSE_ARGV 1 only "" "" AVX512_BF16)
   # NOTE: ascending order matters, the linker keeps the first copy of a merged inline function.
   foreach(isa ${VTK_CPU_ISAS})
-    if(isa STREQUAL "avx512_bf16")
-      set(sources ${only_AVX512_BF16})
-    else()
-      set(sources ${only_UNPARSED_ARGUMENTS})
+    set(sources ${ARGN})
+    if(DEFINED VTK_SOURCES_${isa})
+      list(FILTER sources INCLUDE REGEX ${VTK_SOURCES_${isa}})
     endif()
     add_library(${target}_${isa} OBJECT ${sources})
     target_compile_definitions(${target}_${isa} PRIVATE VTK_ISA=${isa})

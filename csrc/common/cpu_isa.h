@@ -3,7 +3,7 @@
 // A kernel source puts its code in `namespace vtk::VTK_ISA` (the build defines VTK_ISA as generic, avx2, avx512 or
 // avx512_bf16 with the matching flags). VTK_CPU_KERNEL in the op's header declares all variants and a function
 // of the same name in namespace vtk that calls the best one this processor runs. avx512_bf16 is built for the sources
-// that gain (CMakeLists.txt), whose kernels are declared with VTK_CPU_KERNEL_BF16.
+// that gain (cmake/cpu_isa.cmake), whose kernels are declared with VTK_CPU_KERNEL_BF16.
 //
 // NOTE: the build links the generic objects first. Inline functions of the standard library are merged
 // across translation units and the linker keeps the first copy, which must run on every processor.
