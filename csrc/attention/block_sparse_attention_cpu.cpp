@@ -15,6 +15,7 @@
 
 #include "attention/block_sparse_few_rows.h"
 #include "attention/block_sparse_many_rows.h"
+#include "attention/block_sparse_pairs.h"
 #include "common/parallel.h"
 
 namespace vtk {

@@ -1,12 +1,10 @@
 // The two products of block_sparse_many_rows.h: logits of a group of rows with a tile of keys, and sums of its values.
 // Include only from block_sparse_attention_cpu.cpp.
 //
-// Both are register tiles of 6 x 2 vectors, 8 loads for 12 FMAs: 6 keys for the logits, 6 channels for the output.
-// FloatProducts multiplies float32. PairProducts multiplies bfloat16 in pairs: of channels for the logits, of keys for
-// the output, whose weights are rounded to bfloat16.
+// Both are register tiles of 6 x 2 vectors, 8 loads for 12 FMAs: 6 keys for the logits, 6 channels for the output. Here
+// in float32, and in block_sparse_pairs.h in pairs of bfloat16.
 #pragma once
 #include "attention/block_sparse_keys.h"
-#include "common/bf16_pairs.h"
 #include "common/dot_tile.h"
 
 namespace vtk {
@@ -153,78 +151,6 @@ class FloatProducts {
   Scratch<float> keys_;     // [keys][D]
   Scratch<float> row_;      // [D]
   Panels<float> values_;
-};
-
-// The scale is applied to the logits: scaled queries would have to be rounded.
-class PairProducts {
- public:
-  using Input = bf16;
-
-  PairProducts(const BlockSparseAttentionParams& params, int64_t rows)
-      : p(params), pairs_(ceil_div(p.head_dim, 2)), values_(p.head_dim, kTileKeys / 2) {
-    queries_ = scratch<Bf16Pair>(rows * pairs_);
-    keys_ = scratch<Bf16Pair>(int64_t{kTileKeys} * pairs_);
-    row_ = scratch<Bf16Pair>(p.head_dim);
-    weights_ = scratch<Bf16Pair>(kTileKeys / 2 * kGroup);
-  }
-
-  void set_query(int32_t r, const bf16* from) {
-    Bf16Pair* lane = &queries_[int64_t{r / kGroup} * kGroup * pairs_ + r % kGroup];
-    for (int32_t d = 0; d < p.head_dim; d += 2)
-      lane[d / 2 * kGroup] = pair_of(from[d], d + 1 < p.head_dim ? from[d + 1] : bf16{});
-  }
-
-  void load_tile(const KeyTile& tile, int32_t b, int32_t head) {
-    for (int32_t i = 0; i < tile.count; ++i) {
-      Bf16Pair* key = &keys_[int64_t{i} * pairs_];
-      key[pairs_ - 1] = {};
-      std::memcpy(key, row_of<bf16>(p.key, b, head, tile.index[i]), static_cast<size_t>(p.head_dim) * sizeof(bf16));
-      key_[i] = key;
-    }
-    for (int32_t i = tile.count; i < round_up(tile.count, kRegisterRows); ++i) key_[i] = key_[tile.count - 1];
-    for (int32_t i = 0; i < tile.count; i += 2) {
-      const bf16* first = row_of<bf16>(p.value, b, head, tile.index[i]);
-      interleave(first, i + 1 < tile.count ? row_of<bf16>(p.value, b, head, tile.index[i + 1]) : nullptr);
-      values_.pack(i / 2, row_.get());
-    }
-  }
-
-  void dot_keys(int32_t g, int32_t count, float* logits) const {
-    for (int32_t i = 0; i < count; i += kRegisterRows) {
-      f32v dot[kRegisterRows][2];
-      dot_tile(&key_[i], &queries_[int64_t{g} * kGroup * pairs_], pairs_, dot);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRegisterRows; ++r)
-        for (int v = 0; v < 2; ++v) store(&logits[(i + r) * kGroup + v * kLanes], dot[r][v] * (p.scale * kLog2E));
-    }
-  }
-
-  void add_values(const float* weights, int32_t count, f32v low, f32v high, float* out) {
-    for (int32_t n = 0; n < count; n += 2)
-      for (int v = 0; v < kGroup; v += kLanes) {
-        const float* first = &weights[n * kGroup + v];
-        store(&weights_[n / 2 * kGroup + v], pairs_of(load(first), n + 1 < count ? load(first + kGroup) : f32v{}));
-      }
-    values_.accumulate_rows(ceil_div(count, 2), weights_.get(), low, high, out);
-  }
-
- private:
-  // row_[channel] = (first, second); zeros for a second that is not there, whose weight is zero too.
-  void interleave(const bf16* first, const bf16* second) {
-    int32_t d = 0;
-    if (second != nullptr)
-      for (; d + kLanes <= p.head_dim; d += kLanes) store(&row_[d], load_pairs(first + d, second + d));
-    for (; d < p.head_dim; ++d) row_[d] = pair_of(first[d], second == nullptr ? bf16{} : second[d]);
-  }
-
-  const BlockSparseAttentionParams& p;
-  int32_t pairs_;  // of channels
-  const Bf16Pair* key_[kTileKeys];
-  Scratch<Bf16Pair> queries_;  // [groups][pairs][group]
-  Scratch<Bf16Pair> keys_;     // [keys][pairs]
-  Scratch<Bf16Pair> row_;      // [D]
-  Scratch<Bf16Pair> weights_;  // [pairs of keys][group]
-  Panels<Bf16Pair> values_;
 };
 
 }  // namespace
