@@ -32,9 +32,10 @@ struct RowsAhead {
   const T* const* end;
   int32_t depth;
 
+  template <int LOC>
   void fetch() {
     if (row == end) return;
-    for (int32_t d = 0; d < depth; d += kLine / static_cast<int32_t>(sizeof(T))) __builtin_prefetch(*row + d, 0, 2);
+    for (int32_t d = 0; d < depth; d += kLine / static_cast<int32_t>(sizeof(T))) __builtin_prefetch(*row + d, 0, LOC);
     ++row;
   }
 };
@@ -83,20 +84,22 @@ void accumulate_values(const T* const* values, RowsAhead<T>& ahead, int32_t ever
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * padded + channel + v * kLanes) * correct[r];
-  for (int32_t i = 0; i < count; ++i) {
-    const T* from = values[i] + channel;
-    if (i % every == 0) ahead.fetch();
-    f32v value[kVectors];
-    if constexpr (kVectors == 1) {
-      value[0] = width == kLanes ? load(from) : load_partial(from, width);
-    } else {
+  for (int32_t i = 0; i < count;) {
+    ahead.template fetch<3>();
+    for (const int32_t end = std::min(count, i + every); i < end; ++i) {
+      const T* from = values[i] + channel;
+      f32v value[kVectors];
+      if constexpr (kVectors == 1) {
+        value[0] = width == kLanes ? load(from) : load_partial(from, width);
+      } else {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v += 2) load_dealt(from + v * kLanes, value[v], value[v + 1]);
-    }
+        for (int v = 0; v < kVectors; v += 2) load_dealt(from + v * kLanes, value[v], value[v + 1]);
+      }
 #pragma GCC unroll 5
-    for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += weights[r * kTileKeys + i] * value[v];
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += weights[r * kTileKeys + i] * value[v];
+    }
   }
 #pragma GCC unroll 5
   for (int r = 0; r < kRows; ++r)
@@ -189,7 +192,7 @@ class FewRows {
     const int32_t padded_count = round_up(keys.count, kLanes);
     RowsAhead<T> values{tile.value, tile.value + keys.count, p.head_dim};
     for (int32_t i = 0; i < keys.count; i += kKeys) {
-      for (int k = 0; k < kKeys; ++k) values.fetch();
+      for (int k = 0; k < kKeys; ++k) values.template fetch<2>();
       multiply_keys<kRows>(queries_.get(), padded_, &tile.key[i], p.head_dim, &lanes_[i]);
     }
     for (int32_t r = 0; r < kRows; ++r) {
