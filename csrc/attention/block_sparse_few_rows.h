@@ -11,8 +11,9 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int kFewRows = 5;  // accumulators of two keys that fit 16 registers; more rows go into lanes
-constexpr int kLine = 64;    // bytes
+constexpr int kFewRows = 5;          // accumulators of two keys that fit 16 registers; more rows go into lanes
+constexpr int kLine = 64;            // bytes
+constexpr int kToL1 = 3, kToL2 = 2;  // of __builtin_prefetch
 
 // Keys and vectors of channels of a register tile, by rows: about 8 accumulators cover the latency of two FMA units.
 constexpr int kKeysOf[kFewRows + 1] = {0, 8, 4, 3, 2, 2};
@@ -25,17 +26,18 @@ int32_t place(int32_t d, int32_t depth) {
   return d < depth / kPair * kPair ? d / kPair * kPair + dealt_lane<T>(d % kPair) : d;
 }
 
-// Rows that will be read soon, asked for one by one.
+// Rows that will be read soon, asked for one by one: prefetchers of the processor stop at every page.
 template <class T>
 struct RowsAhead {
   const T* const* row;
   const T* const* end;
   int32_t depth;
 
-  template <int LOC>
+  template <int kLocality>
   void fetch() {
     if (row == end) return;
-    for (int32_t d = 0; d < depth; d += kLine / static_cast<int32_t>(sizeof(T))) __builtin_prefetch(*row + d, 0, LOC);
+    for (int32_t d = 0; d < depth; d += kLine / static_cast<int32_t>(sizeof(T)))
+      __builtin_prefetch(*row + d, 0, kLocality);
     ++row;
   }
 };
@@ -75,7 +77,7 @@ void multiply_keys(const float* rows, int32_t padded, const T* const* keys, int3
 }
 
 // out[row][D] = out * correct[row] + sum of weights[row * kTileKeys + i] * value i, over kVectors vectors of channels;
-// one vector may be partial. Of `ahead`, the values that follow, the same channels are fetched.
+// one vector may be partial. Every so many values a row ahead is fetched.
 template <int kRows, int kVectors, class T>
 void accumulate_values(const T* const* values, RowsAhead<T>& ahead, int32_t every, int32_t count, const float* weights,
                        const float* correct, int32_t width, int32_t channel, int32_t padded, float* out) {
@@ -85,7 +87,7 @@ void accumulate_values(const T* const* values, RowsAhead<T>& ahead, int32_t ever
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * padded + channel + v * kLanes) * correct[r];
   for (int32_t i = 0; i < count;) {
-    ahead.template fetch<3>();
+    ahead.template fetch<kToL1>();
     for (const int32_t end = std::min(count, i + every); i < end; ++i) {
       const T* from = values[i] + channel;
       f32v value[kVectors];
@@ -192,7 +194,7 @@ class FewRows {
     const int32_t padded_count = round_up(keys.count, kLanes);
     RowsAhead<T> values{tile.value, tile.value + keys.count, p.head_dim};
     for (int32_t i = 0; i < keys.count; i += kKeys) {
-      for (int k = 0; k < kKeys; ++k) values.template fetch<2>();
+      for (int k = 0; k < kKeys; ++k) values.template fetch<kToL2>();
       multiply_keys<kRows>(queries_.get(), padded_, &tile.key[i], p.head_dim, &lanes_[i]);
     }
     for (int32_t r = 0; r < kRows; ++r) {

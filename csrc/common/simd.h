@@ -94,8 +94,8 @@ static inline f32v load(const f16* p) {
 #endif
 }
 
-// The 2 kLanes elements at p as two vectors, in the order that costs least: even and odd elements of bfloat16, which one
-// load, a shift and a mask make; the first and the second half of others.
+// The 2 kLanes elements at p as two vectors, in the order that costs least: even and odd elements of bfloat16, which
+// one load, a shift and a mask make; the first and the second half of others.
 template <class T>
 static inline void load_dealt(const T* p, f32v& first, f32v& second) {
   first = load(p);
