@@ -18,7 +18,7 @@ from vtkernels import attention_scores
 
 Stage = Literal["vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
 
-# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first three.
+# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first four.
 STAGES: tuple[Stage, ...] = (
     "vision_layers",
     "vision_encoder",
@@ -163,7 +163,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept | Merged``."""
+    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept | Merged``;
+    for ``vision_layers`` and ``between_layers`` see merging.py, reuse.py and decoder.py.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -192,6 +194,10 @@ class Recipe:
 
     def attention_layers(self, encoder: Encoder) -> tuple[int, ...]:
         """The encoder layers whose query and key the recipe scores with."""
+        return ()
+
+    def decoder_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The language model's layers before which ``between_layers`` is called, each in [1, num_layers - 1]."""
         return ()
 
     def budget(self, encoder: Encoder, keep: int | None) -> int | None:

@@ -16,14 +16,15 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtkernels.zoo.adapters.attachment import Claim
-from vtkernels.zoo.adapters.base import Adapter
+from vtkernels.zoo.adapters.base import Adapter, LastRun
+from vtkernels.zoo.adapters.decoder import DecoderStage
 from vtkernels.zoo.adapters.transformers_vit import TransformersLayer, encoder_layers, tower_facts
 from vtkernels.zoo.recipe import Encoder, Stage
 
 
 class LlavaAdapter(Adapter):
     model_class: ClassVar[type] = LlavaForConditionalGeneration
-    serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector")
+    serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector", "between_layers")
 
     @property
     def image_token_id(self) -> int:
@@ -70,6 +71,13 @@ class LlavaAdapter(Adapter):
         projector = base.multi_modal_projector
         self.hook(projector.register_forward_pre_hook(self._before_projector))
         self.hook(projector.register_forward_hook(self._after_projector))
+        claim = self.claims.get("between_layers")
+        if claim is not None and claim.keep is not None:
+            DecoderStage(claim, base.language_model, self.image_token_id, self._in_work, self)
+
+    def _in_work(self) -> LastRun | None:
+        """The batch that the model's own method runs on for us."""
+        return None if self.served is None else self.last
 
     def project(self, features: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector.forward(features)
