@@ -106,6 +106,12 @@ class Encoder:
         return round(layer * self.num_layers / of)
 
 
+def videos_of(rows: Sequence[int]) -> list[slice]:
+    """The images of each prompt that has any, of the prompt of each image."""
+    ends = [i + 1 for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1] != row]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage sees of one call: every image of the batch, whichever prompt it belongs to.
@@ -153,8 +159,7 @@ class Context:
     @property
     def videos(self) -> list[slice]:
         """The images of each prompt that has any: a video's frames, in order."""
-        ends = [i + 1 for i, row in enumerate(self.rows) if i + 1 == len(self.rows) or self.rows[i + 1] != row]
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return videos_of(self.rows)
 
     def take(self, indices: Tensor) -> Kept:
         """The tokens at ``indices`` int64 [images, keep], with the indices."""

@@ -2,8 +2,9 @@
 
 In a prefill with images the layers from a stop on get the surviving tokens alone: their hidden states, the rotary
 embedding of the positions that they had, a mask made for them, and so a shorter cache. After the last layer the hidden
-states go back to their places, those of the dropped tokens as they were when dropped: whoever reads the logits finds
-each where its token is. Which tokens survived is noted on the cache, by which decoding knows the layers' masks.
+states go back to their places, and the place of a dropped token repeats the survivor before it, as if the prompt had
+never held the token: whoever reads the logits finds each where its token is. Which tokens survived is noted on the
+cache, by which decoding knows the layers' masks.
 
 What it relies on, checked by tests/models/test_zoo_canary.py: ``layers[i]`` called with the hidden states first and
 ``attention_mask``, ``position_embeddings``, ``position_ids`` and ``past_key_values`` by name, ``self_attn`` with
@@ -59,10 +60,12 @@ class Survivors:
         index = self.source.clamp(min=0).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
         return tensor.expand(len(index), -1, -1).gather(1, index)
 
-    def put_back(self, hidden: Tensor, full: Tensor) -> Tensor:
-        """``full`` [B, T, C] with ``hidden`` [B, T', C] in the survivors' places."""
+    def put_back(self, hidden: Tensor) -> Tensor:
+        """[B, T', C] -> [B, T, C]: at each place the last survivor up to it."""
         rows, slots = (self.source >= 0).nonzero(as_tuple=True)
-        return full.index_put((rows, self.source[rows, slots]), hidden[rows, slots])
+        slot = self.source.new_zeros(len(hidden), self.length)
+        slot[rows, self.source[rows, slots]] = slots
+        return hidden.gather(1, slot.cummax(1).values.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def mask(self, given: Tensor | None, new: int) -> Tensor | None:
         """bool [B, T' + new], False for padding, or None without, of the caller's [B, T + new]."""
@@ -81,7 +84,6 @@ class _Call:
     prompts: LastRun | None = None  # in a prefill, with what follows
     visual: Tensor = field(default_factory=lambda: torch.empty(0))  # bool [B, T]
     last: Tensor = field(default_factory=lambda: torch.empty(0))  # int64 [B], the place of each prompt's last token
-    full: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, T, C], the states that tokens were dropped with
     layer_mask: Any = None  # of the survivors in work
 
 
@@ -178,7 +180,7 @@ class DecoderStage:
             now = [part for part in call.survivors if part.layer <= index][-1]
             hidden = forward(hidden, *args, **kwargs | self._arguments(index, call, now, hidden, **kwargs))
             at_end = call.prompts is not None and index == len(self.decoder.layers) - 1
-            return now.put_back(hidden, call.full) if at_end else hidden
+            return now.put_back(hidden) if at_end else hidden
 
         return short_forward
 
@@ -219,10 +221,9 @@ class DecoderStage:
         """The survivors' hidden states; notes who they are."""
         if call.survivors:
             before = call.survivors[-1]
-            call.full = before.put_back(hidden, call.full)
             cos, sin = (before.gather(part) for part in embeddings)
         else:
-            before, call.full = self._everyone(call, hidden), hidden
+            before = self._everyone(call, hidden)
             cos, sin = embeddings
         head_dim = self.decoder.layers[index - 1].self_attn.head_dim
         query, key = (

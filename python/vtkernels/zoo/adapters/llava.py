@@ -18,13 +18,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vtkernels.zoo.adapters.attachment import Claim
 from vtkernels.zoo.adapters.base import Adapter, LastRun
 from vtkernels.zoo.adapters.decoder import DecoderStage
+from vtkernels.zoo.adapters.reuse import install_reuser
 from vtkernels.zoo.adapters.transformers_vit import TransformersLayer, encoder_layers, tower_facts
-from vtkernels.zoo.recipe import Encoder, Stage
+from vtkernels.zoo.merging import LayerMerging
+from vtkernels.zoo.recipe import Encoder, Stage, videos_of
 
 
 class LlavaAdapter(Adapter):
     model_class: ClassVar[type] = LlavaForConditionalGeneration
     serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector", "between_layers")
+    reuses: ClassVar[bool] = True
 
     @property
     def image_token_id(self) -> int:
@@ -51,7 +54,7 @@ class LlavaAdapter(Adapter):
 
     def attach(self, claim: Claim) -> None:
         layers = self.model.config.vision_feature_layer
-        if "vision_layers" in claim.recipe.stages() and isinstance(layers, list) and len(layers) > 1:
+        if isinstance(claim.recipe, LayerMerging) and isinstance(layers, list) and len(layers) > 1:
             raise ValueError(
                 f"{claim.recipe.name}: expected one vision_feature_layer, whose tokens merge in the layers before, got "
                 f"{layers}"
@@ -68,6 +71,7 @@ class LlavaAdapter(Adapter):
             self.hook(attention.k_proj.register_forward_hook(self._capture(index, "key", attention.num_heads)))
         blocks = [TransformersLayer(layer) for layer in layers]
         self.merger = self.install_merger(blocks, int(self.encoder.has_cls), lambda: self.encoding is not None)
+        install_reuser(self, blocks, lambda images: None if self.encoding is None else videos_of(self.encoding.rows))
         projector = base.multi_modal_projector
         self.hook(projector.register_forward_pre_hook(self._before_projector))
         self.hook(projector.register_forward_hook(self._after_projector))
