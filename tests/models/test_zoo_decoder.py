@@ -120,7 +120,7 @@ def test_logits_are_the_references(model, exact, case, side, implementation):
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rows", [slice(1), slice(3), slice(None)], ids=["batch1", "batch3", "batch4"])
+@pytest.mark.parametrize("rows", [slice(1), slice(3)], ids=["batch1", "batch3"])
 @pytest.mark.parametrize("case", CASES)
 def test_decoding_is_the_references(model, exact, case, rows, implementation):
     method, options, rules = CASES[case]

@@ -97,7 +97,9 @@ class LayerReuser:
             if self._frames is None:
                 return forward(x, attention_mask, **kwargs)
             if attention_mask is not None:
-                raise ValueError("vtkernels.zoo: expected no attention_mask in the vision encoder; its frames reuse rows")
+                raise ValueError(
+                    "vtkernels.zoo: expected no attention_mask in the vision encoder; its frames reuse rows"
+                )
             return self._through(index, layer, x, self._frames)
 
         return reusing_forward

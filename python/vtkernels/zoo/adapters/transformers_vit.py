@@ -52,7 +52,9 @@ class TransformersLayer(VitLayer):
         """Raises ValueError where the layer cannot be run on some of its tokens."""
         self.check(weighs_keys=False)
         if self.module.training and self.module.self_attn.dropout:
-            raise ValueError("vtkernels.zoo: expected no attention dropout in the vision encoder; its frames reuse rows")
+            raise ValueError(
+                "vtkernels.zoo: expected no attention dropout in the vision encoder; its frames reuse rows"
+            )
 
 
 class TransformersVitAdapter(Attachment):

@@ -35,10 +35,10 @@ class HoliTom(Recipe):
     5. A segment's static tokens stand before those of its first frame.
 
     Inner: before decoder layer k the ``round(N * (1 - inner))`` of the prompt's N visual tokens, at least one, stay to
-    which its last token attends most in layer k - 1 (softmax over all tokens, mean over heads). Each other one is folded
-    into the kept one with the most similar hidden state (:func:`fold_dropped`). Kept tokens keep their positions; the
-    layers before k keep the cache of all N. A budget of all patches leaves the outer part nothing to do: the inner one
-    alone. ``keep="all"`` attaches neither.
+    which its last token attends most in layer k - 1 (softmax over all tokens, mean over heads). Each other one goes into
+    the kept one with the most similar hidden state (:func:`fold_dropped`). Kept tokens keep their positions; the layers
+    before k keep the cache of all N. A budget of all patches leaves the outer part nothing to do: the inner one alone.
+    ``keep="all"`` attaches neither.
 
     Args:
         tau: published: 0.80, and 0.65 for R = 0.10.

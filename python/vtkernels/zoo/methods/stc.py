@@ -80,13 +80,14 @@ def _dual_anchor(frames: Tensor) -> Tensor:
 class STCCacher(LayerReuse):
     """Every ``interval``-th frame is a reference; the frames after it compute only their stale tokens in the encoder.
 
-    In each layer the stale tokens of a frame are the patches whose keys (full width, all heads) have the smallest cosine
+    In each layer the stale tokens of a frame are the patches whose keys (full width, all heads) have the least cosine
     with the reference's: :func:`stale_tokens`. All keys are new; the other patches take values, attention output
     (behind the output projection) and MLP output of the reference, on residuals of their own. All tokens go to the
     language model. The budget is the number of stale patches of a frame.
 
     Args:
-        ratio: the budget as the method states it, instead of ``keep``: ``max(1, int(ratio * patches))``; released: 0.25.
+        ratio: the budget as the method states it, in place of ``keep``: ``max(1, int(ratio * patches))``; released:
+            0.25.
         interval: frames from one reference to the next; released: 2, every second frame.
         metric: ``cosine`` or ``dot`` (the least similar are stale), ``l1`` or ``l2`` (the farthest).
 
