@@ -33,7 +33,7 @@ def attended(layer: Layer, query: Tensor, keys: Tensor, values: Tensor) -> Tenso
 def stc_cacher(
     layers: list[Layer], frames: Tensor, count: int, interval: int, metric: str, prefix: int
 ) -> tuple[Tensor, list[list[list[int]]]]:
-    """The tower's output [F, n, C] of a video's embeddings, and by layer the stale patches of each frame that has any."""
+    """The tower's output [F, n, C] of a video's embeddings, and by layer the stale patches of the other frames."""
     cache: list[dict[str, Tensor]] = [{} for _ in layers]
     chosen_by_layer: list[list[list[int]]] = [[] for _ in layers]
     outputs = []

@@ -27,7 +27,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.base import LastRun
 from vtkernels.zoo.decoder import DecoderContext
-from vtkernels.zoo.recipe import Recipe
 
 _SERVED = ("llama", "mistral", "qwen2")
 _SURVIVORS = "_vtk_survivors"  # on a cache: list[Survivors]
@@ -94,7 +93,7 @@ class DecoderStage:
         self, claim: Claim, decoder: Any, image_token_id: int, running: Callable[[], LastRun | None], owner: Attachment
     ):
         assert claim.keep is not None
-        self.recipe: Recipe = claim.recipe
+        self.recipe: Any = claim.recipe
         self.keep = claim.keep
         self.decoder = decoder
         self.image_token_id = image_token_id

@@ -34,9 +34,9 @@ class HoliTom(Recipe):
        many centres of the others as are missing, merged as in 3.
     5. A segment's static tokens stand before those of its first frame.
 
-    Inner: before decoder layer k the ``round(N * (1 - inner))`` of the prompt's N visual tokens, at least one, stay to
-    which its last token attends most in layer k - 1 (softmax over all tokens, mean over heads). Each other one goes into
-    the kept one with the most similar hidden state (:func:`fold_dropped`). Kept tokens keep their positions; the layers
+    Inner: of the prompt's N visual tokens the ``round(N * (1 - inner))``, at least one, to which its last token attends
+    most in decoder layer k - 1 (softmax over all tokens, mean over heads) enter layer k. Each other one goes into the
+    kept one with the most similar hidden state (:func:`fold_dropped`). Kept tokens keep their positions; the layers
     before k keep the cache of all N. A budget of all patches leaves the outer part nothing to do: the inner one alone.
     ``keep="all"`` attaches neither.
 
