@@ -43,7 +43,7 @@ int64_t queries_listing(const BlockSparseAttentionParams& p, const TransposedLis
   for (int32_t h = at.key_head * group; h < (at.key_head + 1) * group; ++h)
     for (const Touch *touch = lists.begin(at.b, h, at.chunk), *end = lists.end(at.b, h, at.chunk); touch != end;
          ++touch) {
-      const int32_t first = p.causal ? at.chunk * kChunkKeys - (length - p.num_queries) : 0;
+      const int32_t first = p.causal ? at.chunk * chunk_keys(p.head_dim) - (length - p.num_queries) : 0;
       const int32_t last = std::min((touch->row + 1) * p.block_q, p.num_queries);
       queries += std::max(0, last - std::max(first, touch->row * p.block_q));
     }
@@ -53,7 +53,8 @@ int64_t queries_listing(const BlockSparseAttentionParams& p, const TransposedLis
 template <class T>
 void differentiate_keys(const BlockSparseAttentionBackwardParams& params) {
   const BlockSparseAttentionParams& p = params.forward;
-  const TransposedLists lists(p, kChunkKeys);
+  const int32_t size = chunk_keys(p.head_dim);
+  const TransposedLists lists(p, size);
   std::vector<KeyChunk> chunks;
   int64_t queries = 0;
   for (int32_t b = 0; b < p.batch; ++b)
@@ -66,8 +67,7 @@ void differentiate_keys(const BlockSparseAttentionBackwardParams& params) {
   std::stable_sort(chunks.begin(), chunks.end(),
                    [](const KeyChunk& x, const KeyChunk& y) { return x.queries > y.queries; });
   run_tasks(
-      static_cast<int64_t>(chunks.size()), queries * kChunkKeys * p.head_dim,
-      [&] { return KeyGradient<T>(params, lists); },
+      static_cast<int64_t>(chunks.size()), queries * size * p.head_dim, [&] { return KeyGradient<T>(params, lists); },
       [&](KeyGradient<T>& worker, int64_t i) { worker.run(chunks[i].b, chunks[i].key_head, chunks[i].chunk); });
 }
 

@@ -13,8 +13,10 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int32_t kChunkKeys = 64;
-constexpr int32_t kChunkGroups = kChunkKeys / kGroup;
+constexpr int32_t kMaxChunkKeys = 128;
+
+// Keys, values and both gradients of a chunk stay in the L2: 256 KiB at most.
+constexpr int32_t chunk_keys(int32_t depth) { return depth <= 128 ? kMaxChunkKeys : kMaxChunkKeys / 2; }
 
 template <class T>
 class KeyGradient {
@@ -23,12 +25,12 @@ class KeyGradient {
       : params_(params),
         p(params.forward),
         lists_(lists),
+        chunk_keys_(chunk_keys(p.head_dim)),
+        num_groups_(chunk_keys_ / kGroup),
         queries_(p.head_dim),
-        grad_out_(p.head_dim),
-        query_panels_(p.head_dim),
-        grad_out_panels_(p.head_dim) {
+        grad_out_(p.head_dim) {
     for (Scratch<float>* lanes : {&keys_, &values_, &grad_keys_, &grad_values_})
-      *lanes = scratch<float>(int64_t{kChunkKeys} * p.head_dim);
+      *lanes = scratch<float>(int64_t{chunk_keys_} * p.head_dim);
     row_ = scratch<float>(round_up<int64_t>(p.head_dim, kLanes));
     probabilities_ = scratch<float>(kTileKeys * kGroup);
     slopes_ = scratch<float>(kTileKeys * kGroup);
@@ -37,8 +39,8 @@ class KeyGradient {
   void run(int32_t b, int32_t key_head, int32_t chunk) {
     b_ = b;
     length_ = length_of(p, b);
-    first_key_ = chunk * kChunkKeys;
-    num_keys_ = std::min(kChunkKeys, p.num_keys - first_key_);
+    first_key_ = chunk * chunk_keys_;
+    num_keys_ = std::min(chunk_keys_, p.num_keys - first_key_);
     load_keys(key_head);
     const int32_t group = p.num_heads / p.key_heads;
     for (int32_t h = key_head * group; h < (key_head + 1) * group; ++h) {
@@ -55,7 +57,7 @@ class KeyGradient {
  private:
   // A lane without a key, or with one that is excluded, holds zeros.
   void load_keys(int32_t key_head) {
-    for (int32_t i = 0; i < kChunkKeys; ++i) {
+    for (int32_t i = 0; i < chunk_keys_; ++i) {
       const int32_t n = first_key_ + i;
       const bool exists = n < length_;
       bias_[i] = exists && p.key_bias != nullptr ? p.key_bias[b_ * p.bias_stride_batch + n * p.bias_stride_key] * kLog2E
@@ -72,23 +74,23 @@ class KeyGradient {
       }
     }
     for (float* gradient : {grad_keys_.get(), grad_values_.get()})
-      std::fill_n(gradient, int64_t{kChunkKeys} * p.head_dim, 0.0f);
+      std::fill_n(gradient, int64_t{chunk_keys_} * p.head_dim, 0.0f);
   }
 
   // How often the block of `touch` lists each key, under the causal mask and without it; passes over its touches.
   void count_keys(const Entries& entries, const Touch*& touch, const Touch* end) {
-    std::fill_n(masked_, kChunkKeys, 0.0f);
-    std::fill_n(open_, kChunkKeys, 0.0f);
+    std::fill_n(masked_, chunk_keys_, 0.0f);
+    std::fill_n(open_, chunk_keys_, 0.0f);
     for (const int32_t block = touch->row; touch != end && touch->row == block; ++touch) {
       const KeyRange keys = entries.keys(touch->entry, length_);
-      const int32_t last = std::min(keys.end - first_key_, kChunkKeys);
+      const int32_t last = std::min(keys.end - first_key_, chunk_keys_);
       for (int32_t i = std::max(keys.begin - first_key_, 0); i < last; ++i) {
         if (!usable_[i]) continue;
         (keys.masked ? masked_ : open_)[i] += 1.0f;
         listed_[i] = true;
       }
     }
-    for (int32_t g = 0; g < kChunkGroups; ++g) first_query_[g] = first_seeing(g * kGroup);
+    for (int32_t g = 0; g < num_groups_; ++g) first_query_[g] = first_seeing(g * kGroup);
   }
 
   // The first query that sees a key of the group which begins at lane `first`; num_queries when none does.
@@ -103,14 +105,14 @@ class KeyGradient {
 
   void add_queries(int32_t h, int32_t block) {
     const int32_t end = std::min((block + 1) * p.block_q, p.num_queries);
-    int32_t query = std::max(block * p.block_q, *std::min_element(first_query_, first_query_ + kChunkGroups));
+    int32_t query = std::max(block * p.block_q, *std::min_element(first_query_, first_query_ + num_groups_));
     while (query < end) {
       const int32_t tiles = ceil_div(end - query, kTileKeys);
       const int32_t last = std::min(query + round_up(ceil_div(end - query, tiles), kTileRows), end);
       load_tile(h, query, last);
       query = last;
       if (count_ == 0) continue;
-      for (int32_t g = 0; g < kChunkGroups; ++g)
+      for (int32_t g = 0; g < num_groups_; ++g)
         if (first_query_[g] <= index_[count_ - 1]) add_tile(g);
     }
   }
@@ -129,10 +131,6 @@ class KeyGradient {
     if (count_ == 0) return;
     queries_.load(p.query, b_, h, index_, count_);
     grad_out_.load(params_.grad_out, b_, h, index_, count_);
-    for (int32_t i = 0; i < count_; ++i) {
-      query_panels_.pack(i, queries_.row(i));
-      grad_out_panels_.pack(i, grad_out_.row(i));
-    }
   }
 
   void add_tile(int32_t g) {
@@ -143,8 +141,8 @@ class KeyGradient {
     grad_out_.dot(begin, count_, &values_[at], slopes_.get());
     for (int v = 0; v < kGroup; v += kLanes) weigh(g * kGroup + v, v, begin);
     const f32v one = splat(1.0f);
-    grad_out_panels_.accumulate_rows(begin, count_, probabilities_.get(), one, one, &grad_values_[at]);
-    query_panels_.accumulate_rows(begin, count_, slopes_.get(), one, one, &grad_keys_[at]);
+    grad_out_.add_weighted(begin, count_, probabilities_.get(), one, one, &grad_values_[at]);
+    queries_.add_weighted(begin, count_, slopes_.get(), one, one, &grad_keys_[at]);
   }
 
   // Turns logits into probabilities and the derivatives for probabilities into those for logits: the keys from lane
@@ -182,17 +180,18 @@ class KeyGradient {
   const BlockSparseAttentionBackwardParams& params_;
   const BlockSparseAttentionParams& p;
   const TransposedLists& lists_;
+  const int32_t chunk_keys_, num_groups_;
   int32_t b_ = 0, length_ = 0, first_key_ = 0, num_keys_ = 0;
 
   // The chunk.
-  Scratch<float> keys_, values_, grad_keys_, grad_values_;          // [groups][D][group]
-  float bias_[kChunkKeys], masked_[kChunkKeys], open_[kChunkKeys];  // bias in powers of two; times a block lists a key
-  bool usable_[kChunkKeys], listed_[kChunkKeys];
-  int32_t first_query_[kChunkGroups];
+  Scratch<float> keys_, values_, grad_keys_, grad_values_;  // [groups][D][group]
+  float bias_[kMaxChunkKeys];                               // in powers of two
+  float masked_[kMaxChunkKeys], open_[kMaxChunkKeys];       // how often a block of queries lists a key
+  bool usable_[kMaxChunkKeys], listed_[kMaxChunkKeys];
+  int32_t first_query_[kMaxChunkKeys / kGroup];
 
   // The tile of queries.
-  RowTile<T> queries_, grad_out_;
-  Panels query_panels_, grad_out_panels_;
+  PackedRows<T> queries_, grad_out_;
   int32_t count_ = 0;
   int32_t index_[kTileKeys], limit_[kTileKeys];
   float lse_[kTileKeys], delta_[kTileKeys];      // lse in powers of two

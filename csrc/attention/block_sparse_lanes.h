@@ -2,8 +2,8 @@
 // Include only from *_cpu.cpp files.
 //
 // A group is 2 * kLanes tokens, held transposed: [D][group]. It meets tiles of other tokens, whose elements are
-// broadcast: as rows for dot products [tile][group] (dot_tile.h), as panels for sums over the tile [D][group]. Both are
-// register tiles of 6 x 2 vectors, 8 loads for 12 FMAs.
+// broadcast: in dot products [tile][group] and in sums over the tile [D][group]. Both are register tiles of 6 x 2
+// vectors, 8 loads for 12 FMAs.
 #pragma once
 #include "attention/block_sparse_keys.h"
 #include "common/dot_tile.h"
@@ -15,13 +15,6 @@ namespace {
 template <class T>
 const T* row_of(const HeadsView& x, int32_t b, int32_t head, int32_t n) {
   return static_cast<const T*>(x.data) + b * x.stride_batch + head * x.stride_head + n * x.stride_row;
-}
-
-template <class T>
-void widen(const T* from, int32_t count, float* to) {
-  int32_t d = 0;
-  for (; d + kLanes <= count; d += kLanes) store(to + d, load(from + d));
-  for (; d < count; ++d) to[d] = to_float(from[d]);
 }
 
 // Token `token` of groups [.., D][group], whose first lane it is at.
@@ -50,64 +43,49 @@ void load_lanes(const HeadsView& x, int32_t b, int32_t head, int32_t first, int3
     load_lane(row_of<T>(x, b, head, first + std::min(r, count - 1)), depth, factor, lane_of(groups, r, depth));
 }
 
-// A tile of rows as dot_tile reads them. Float32 rows stay where they lie; those apart by a multiple of 4 KiB
-// (interleaved heads) fight for the same sets of L1, and 16-bit rows are converted once for all groups: both are
-// copied.
-template <class T>
-class RowTile {
- public:
-  explicit RowTile(int32_t depth) : depth_(depth), copies_(scratch<float>(int64_t{kTileKeys} * depth)) {}
-
-  void load(const HeadsView& x, int32_t b, int32_t head, const int32_t* index, int32_t count) {
-    for (int32_t i = 0; i < count; ++i) {
-      const T* from = row_of<T>(x, b, head, index[i]);
-      if constexpr (sizeof(T) == sizeof(float)) {
-        if (x.stride_row == depth_) {
-          row_[i] = from;
-          continue;
-        }
-      }
-      widen(from, depth_, &copies_[int64_t{i} * depth_]);
-      row_[i] = &copies_[int64_t{i} * depth_];
-    }
-    for (int32_t i = count; i < round_up(count, kTileRows); ++i) row_[i] = row_[count - 1];
-  }
-
-  const float* row(int32_t i) const { return row_[i]; }
-
-  // dots[i][group] of rows [begin, count) with a group, begin a multiple of kTileRows.
-  void dot(int32_t begin, int32_t count, const float* group, float* dots) const {
-    for (int32_t i = begin; i < count; i += kTileRows) {
-      f32v dot[kTileRows][2];
-      dot_tile(&row_[i], group, depth_, dot);
-      std::memcpy(&dots[i * kGroup], dot, sizeof dot);
+// dots[6][group] = six packed rows [D][6] times a group.
+inline void dot_six(const float* rows, const float* group, int32_t depth, float* dots) {
+  f32v dot[kTileRows][2] = {};
+  for (int32_t d = 0; d < depth; ++d, rows += kTileRows, group += kGroup) {
+    const f32v low = load(group), high = load(group + kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) {
+      dot[i][0] += rows[i] * low;
+      dot[i][1] += rows[i] * high;
     }
   }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileRows; ++i) {  // NOTE: gcc makes a copy of the array a `rep movs`, 6 % of a pass
+    store(dots + i * kGroup, dot[i][0]);
+    store(dots + i * kGroup + kLanes, dot[i][1]);
+  }
+}
 
- private:
-  int32_t depth_;
-  Scratch<float> copies_;  // [rows][D]
-  const float* row_[kTileKeys];
-};
-
-// out[channel][group] = out * correct + sum over `count` rows of panel[row][channel] weights[row][group].
+// out[channel][group] = out * correct + the sum over `count` rows of row[channel] weights[row][group], for kWidth
+// channels of packed rows, `stride` elements from six to six.
 template <int kWidth>
-void accumulate(const float* panel, const float* weights, int32_t count, f32v correct_low, f32v correct_high,
-                float* out) {
+void accumulate(const float* rows, int64_t stride, const float* weights, int32_t count, f32v correct_low,
+                f32v correct_high, float* out) {
   f32v sum[kWidth][2];
 #pragma GCC unroll 6
   for (int d = 0; d < kWidth; ++d) {
     sum[d][0] = load(out + d * kGroup) * correct_low;
     sum[d][1] = load(out + d * kGroup + kLanes) * correct_high;
   }
-  for (int32_t n = 0; n < count; ++n, panel += kWidth, weights += kGroup) {
+  auto add = [&](const float* row) {
     const f32v low = load(weights), high = load(weights + kLanes);
+    weights += kGroup;
 #pragma GCC unroll 6
     for (int d = 0; d < kWidth; ++d) {
-      sum[d][0] += panel[d] * low;
-      sum[d][1] += panel[d] * high;
+      sum[d][0] += row[d * kTileRows] * low;
+      sum[d][1] += row[d * kTileRows] * high;
     }
+  };
+  for (; count >= kTileRows; count -= kTileRows, rows += stride) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) add(rows + i);
   }
+  for (int32_t i = 0; i < count; ++i) add(rows + i);
 #pragma GCC unroll 6
   for (int d = 0; d < kWidth; ++d) {
     store(out + d * kGroup, sum[d][0]);
@@ -115,42 +93,66 @@ void accumulate(const float* panel, const float* weights, int32_t count, f32v co
   }
 }
 
-// A tile of rows, copied as [panel of 6 channels][row][channel], for rows D apart fall into a few sets of L1. The last
-// panel may be narrower.
-class Panels {
+// A tile of rows as float32 [six rows][D][6]: one stream for dot products, and for sums the rows of six channels lie
+// together, whatever their distance in the tensor is (rows D apart fall into a few sets of L1).
+template <class T>
+class PackedRows {
  public:
-  explicit Panels(int32_t depth) : depth_(depth), panels_(scratch<float>(int64_t{kTileKeys} * depth)) {}
+  explicit PackedRows(int32_t depth)
+      : depth_(depth), packed_(scratch<float>(int64_t{kTileKeys} * depth + kLanes)) {}  // a store may reach beyond
 
-  void pack(int32_t i, const float* row) {
-    float* to = panels_.get();
-    int32_t d = 0;
-    for (; d + kTileRows <= depth_; d += kTileRows, to += kTileKeys * kTileRows)
-      std::memcpy(to + i * kTileRows, row + d, kTileRows * sizeof(float));
-    const int32_t rest = depth_ - d;
-    std::memcpy(to + i * rest, row + d, static_cast<size_t>(rest) * sizeof(float));
+  void load(const HeadsView& x, int32_t b, int32_t head, const int32_t* index, int32_t count) {
+    for (int32_t i = 0; i < count; i += kTileRows) {
+      const T* rows[kTileRows];
+      for (int j = 0; j < kTileRows; ++j) rows[j] = row_of<T>(x, b, head, index[std::min(i + j, count - 1)]);
+      pack(rows, &packed_[int64_t{i} * depth_]);
+    }
   }
 
-  // out[D][group] = out * (low, high) + rows[begin, end)^T weights[begin, end)
-  void accumulate_rows(int32_t begin, int32_t end, const float* weights, f32v low, f32v high, float* out) const {
-    const float* panel = panels_.get();
-    const int32_t rest = depth_ % kTileRows, count = end - begin;
+  // dots[i][group] of rows [begin, count) with a group, begin a multiple of kTileRows.
+  void dot(int32_t begin, int32_t count, const float* group, float* dots) const {
+    for (int32_t i = begin; i < count; i += kTileRows)
+      dot_six(&packed_[int64_t{i} * depth_], group, depth_, dots + i * kGroup);
+  }
+
+  // out[D][group] = out * (low, high) + rows[begin, count)^T weights[begin, count)
+  void add_weighted(int32_t begin, int32_t count, const float* weights, f32v low, f32v high, float* out) const {
+    const float* rows = &packed_[int64_t{begin} * depth_];
+    const int64_t stride = int64_t{depth_} * kTileRows;
     weights += begin * kGroup;
-    for (int32_t d = rest; d < depth_; d += kTileRows, panel += kTileKeys * kTileRows, out += kTileRows * kGroup)
-      accumulate<kTileRows>(panel + begin * kTileRows, weights, count, low, high, out);
-    panel += begin * rest;
-    switch (rest) {
-      case 1: return accumulate<1>(panel, weights, count, low, high, out);
-      case 2: return accumulate<2>(panel, weights, count, low, high, out);
-      case 3: return accumulate<3>(panel, weights, count, low, high, out);
-      case 4: return accumulate<4>(panel, weights, count, low, high, out);
-      case 5: return accumulate<5>(panel, weights, count, low, high, out);
+    count -= begin;
+    int32_t d = 0;
+    for (; d + kTileRows <= depth_; d += kTileRows)
+      accumulate<kTileRows>(rows + d * kTileRows, stride, weights, count, low, high, out + d * kGroup);
+    rows += d * kTileRows;
+    out += d * kGroup;
+    switch (depth_ - d) {
+      case 1: return accumulate<1>(rows, stride, weights, count, low, high, out);
+      case 2: return accumulate<2>(rows, stride, weights, count, low, high, out);
+      case 3: return accumulate<3>(rows, stride, weights, count, low, high, out);
+      case 4: return accumulate<4>(rows, stride, weights, count, low, high, out);
+      case 5: return accumulate<5>(rows, stride, weights, count, low, high, out);
       default: return;
     }
   }
 
  private:
+  void pack(const T* const (&rows)[kTileRows], float* to) const {
+    int32_t d = 0;
+    if constexpr (kLanes >= kTileRows) {
+      for (; d + kLanes <= depth_; d += kLanes) {
+        f32v v[kLanes] = {};
+        for (int j = 0; j < kTileRows; ++j) v[j] = vtk::VTK_ISA::load(rows[j] + d);
+        transpose(v);
+        for (int lane = 0; lane < kLanes; ++lane) store(to + (d + lane) * kTileRows, v[lane]);  // the next one mends it
+      }
+    }
+    for (; d < depth_; ++d)
+      for (int j = 0; j < kTileRows; ++j) to[d * kTileRows + j] = to_float(rows[j][d]);
+  }
+
   int32_t depth_;
-  Scratch<float> panels_;
+  Scratch<float> packed_;
 };
 
 inline void add_bias(const KeyTile& tile, float* logits) {

@@ -34,7 +34,7 @@ class ManyRows {
     KeyStream keys(p, b, h, block, first_row_ + num_rows_ - 1, 0, Entries(p, b, h, block).count());
     while (keys.next(tile_)) {
       keys_.load(p.key, b, key_head_, tile_.index, tile_.count);
-      load_values();
+      values_.load(p.value, b, key_head_, tile_.index, tile_.count);
       for (int32_t g = 0; g < num_groups(); ++g)
         if (!tile_.causal || tile_.first < limit_[std::min((g + 1) * kGroup, num_rows_) - 1]) attend(g);
     }
@@ -53,18 +53,6 @@ class ManyRows {
     std::fill_n(out_.get(), int64_t{padded} * p.head_dim, 0.0f);
   }
 
-  void load_values() {
-    for (int32_t i = 0; i < tile_.count; ++i) {
-      const T* from = row_of<T>(p.value, b_, key_head_, tile_.index[i]);
-      if constexpr (sizeof(T) == sizeof(float)) {
-        values_.pack(i, from);
-      } else {
-        widen(from, p.head_dim, row_.get());
-        values_.pack(i, row_.get());
-      }
-    }
-  }
-
   void attend(int32_t g) {
     keys_.dot(0, tile_.count, &queries_[int64_t{g} * kGroup * p.head_dim], logits_.get());
     if (p.key_bias != nullptr) add_bias(tile_, logits_.get());
@@ -72,8 +60,8 @@ class ManyRows {
     f32v correct_low, correct_high;
     softmax(g, 0, correct_low);
     softmax(g, kLanes, correct_high);
-    values_.accumulate_rows(0, tile_.count, logits_.get(), correct_low, correct_high,
-                            &out_[int64_t{g} * kGroup * p.head_dim]);
+    values_.add_weighted(0, tile_.count, logits_.get(), correct_low, correct_high,
+                         &out_[int64_t{g} * kGroup * p.head_dim]);
   }
 
   // Folds the tile's logits into the rows' maxima and sums and leaves 2^(logit - maximum). `correct` is what the sums
@@ -106,8 +94,7 @@ class ManyRows {
   const BlockSparseAttentionParams& p;
   int32_t b_ = 0, h_ = 0, key_head_ = 0, first_row_ = 0, num_rows_ = 0;
   KeyTile tile_;
-  RowTile<T> keys_;
-  Panels values_;
+  PackedRows<T> keys_, values_;
   Scratch<float> queries_, out_;  // [groups][D][group]
   Scratch<float> max_, sum_;      // [rows], the maximum in powers of two
   Scratch<int32_t> limit_;        // [rows]

@@ -19,7 +19,7 @@ template <class T>
 class QueryGradient {
  public:
   explicit QueryGradient(const BlockSparseAttentionBackwardParams& params)
-      : params_(params), p(params.forward), keys_(p.head_dim), values_(p.head_dim), key_panels_(p.head_dim) {
+      : params_(params), p(params.forward), keys_(p.head_dim), values_(p.head_dim) {
     const int64_t rows = round_up(std::min(p.block_q, p.num_queries), kGroup);
     for (Scratch<float>* lanes : {&queries_, &grad_out_, &gradient_}) *lanes = scratch<float>(rows * p.head_dim);
     lse_ = scratch<float>(rows);
@@ -41,7 +41,6 @@ class QueryGradient {
     while (keys.next(tile_)) {
       keys_.load(p.key, b, key_head, tile_.index, tile_.count);
       values_.load(p.value, b, key_head, tile_.index, tile_.count);
-      for (int32_t i = 0; i < tile_.count; ++i) key_panels_.pack(i, keys_.row(i));
       for (int32_t g = 0; g < ceil_div(num_rows_, kGroup); ++g)
         if (!tile_.causal || tile_.first < limit_[std::min((g + 1) * kGroup, num_rows_) - 1]) add_tile(g);
     }
@@ -75,7 +74,7 @@ class QueryGradient {
         store(slope, logit_slope(exp2_bounded(load(&logits_[n * kGroup + v]) - lse), load(slope), delta));
       }
     }
-    key_panels_.accumulate_rows(0, tile_.count, slopes_.get(), splat(1.0f), splat(1.0f), &gradient_[at]);
+    keys_.add_weighted(0, tile_.count, slopes_.get(), splat(1.0f), splat(1.0f), &gradient_[at]);
   }
 
   void write() {
@@ -94,8 +93,7 @@ class QueryGradient {
   int32_t first_row_ = 0, num_rows_ = 0;
   int64_t first_lse_ = 0;
   KeyTile tile_;
-  RowTile<T> keys_, values_;
-  Panels key_panels_;
+  PackedRows<T> keys_, values_;
   Scratch<float> queries_, grad_out_, gradient_;  // [groups][D][group]
   Scratch<float> lse_, delta_;                    // [rows], lse in powers of two
   Scratch<int32_t> limit_;                        // [rows]

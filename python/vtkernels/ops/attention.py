@@ -127,10 +127,10 @@ def block_sparse_attention_backward(
 
     With ``m[i, n]`` the times key ``n`` is listed for query ``i``, ``P[i, n] = m[i, n] exp(scale * query[i] . key[n] +
     key_bias[n] - lse[i])`` and ``dS[i, n] = P[i, n] (grad_out[i] . value[n] - out[i] . grad_out[i] + grad_lse[i])``:
-    ``grad_query = scale dS key``, ``grad_key = scale dS^T query`` and ``grad_value = P^T grad_out``, the last two summed
-    over the query heads of a key head. Products and sums are float32, in an order that depends on the lists alone: no
-    atomics, the same bits in every run. P is computed twice, for the queries and for the keys, instead of stored: the
-    extra memory grows with the length of the lists. The result carries no gradient.
+    ``grad_query = scale dS key``, ``grad_key = scale dS^T query`` and ``grad_value = P^T grad_out``, the last two
+    summed over the query heads of a key head. Products and sums are float32, in an order that depends on the lists
+    alone: no atomics, the same bits in every run. P is computed twice, for the queries and for the keys, instead of
+    stored: the extra memory grows with the length of the lists. The result carries no gradient.
 
     Args:
         grad_out: ``[B, H, Q, D]`` of the dtype of ``query``; any batch, head and row strides, contiguous last
