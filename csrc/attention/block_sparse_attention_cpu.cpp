@@ -63,7 +63,7 @@ void attend_few_rows(const BlockSparseAttentionParams& p) {
         worker.run(parts[i].b, parts[i].h, parts[i].begin, parts[i].end, partial[i]);
       });
 
-  Scratch<float> merged = scratch<float>(padded);
+  Scratch<float> merged = scratch<float>(2 * padded);
   for (size_t task = 0; task + 1 < first_part.size(); ++task) {
     const Part& part = parts[first_part[task]];
     for (int32_t r = 0; r < rows; ++r) {

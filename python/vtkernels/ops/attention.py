@@ -34,10 +34,10 @@ def block_sparse_attention(
 
     ``out[i] = sum_n P[i, n] value[n]`` with ``P[i] = softmax_n(scale * query[i] . key[n] + key_bias[n])`` over the keys
     listed for the block of query ``i``; ``lse[i]`` is the natural logarithm of the softmax's denominator. A list is a
-    count and the first ``count`` entries of a row of indices, as in FlexAttention's BlockMask. The order of a list does
-    not matter; a key that is listed twice counts twice. Products and sums are float32 whatever the inputs are; the
-    extra memory does not grow with ``Q * N``. Gradients flow to ``query``, ``key`` and ``value``, from ``out`` and from
-    ``lse`` (:func:`block_sparse_attention_backward`); they are not differentiable again.
+    count and the first ``count`` entries of a row of indices, as in FlexAttention's BlockMask. The order of a list
+    changes no more than the rounding; a key that is listed twice counts twice. Products and sums are float32 whatever
+    the inputs are; the extra memory does not grow with ``Q * N``. Gradients flow to ``query``, ``key`` and ``value``,
+    from ``out`` and from ``lse`` (:func:`block_sparse_attention_backward`); they are not differentiable again.
 
     Args:
         query: float32, float16 or bfloat16 ``[B, H, Q, D]``, ``1 <= D <= 256``; any batch, head and row strides,
@@ -55,17 +55,18 @@ def block_sparse_attention(
         full_counts, full_indices: further blocks, to which ``causal`` does not apply; the faster path of blocks that
             every query of the block sees whole.
         column_counts, column_indices: single keys, under ``causal`` as ``block_indices`` are.
-        key_bias: float32 ``[B, N]``, added to the logits of every key; -inf excludes a key (padding), log(size) is
-            ToMe's proportional attention.
+        key_bias: float32 ``[B, N]``, added to the logits of every key; -inf, and all below -2.3e38, excludes a key
+            (padding), log(size) is ToMe's proportional attention.
         seqlens_k: int32 ``[B]``, ``0 <= seqlens_k <= N``: keys that exist.
         token_offsets: entries of ``block_indices`` and ``full_indices`` are the first key of a block, at any key,
             instead of its number.
 
     Returns:
         ``out [B, H, Q, D]`` of the dtype of ``query`` and ``lse`` float32 ``[B, H, Q]``. A query without a key has out
-        0 and lse -inf. A NaN in a query or in a key it attends to makes its row NaN. Keys excluded by ``key_bias`` or
-        ``seqlens_k``, and keys not listed, never leak; a NaN or infinity in the value of a key that ``causal`` hides
-        from some queries of a block may reach those queries, as in flash attention.
+        0 and lse -inf. A NaN in a query or in a key it attends to, and a NaN or inf in that key's bias, makes its row
+        NaN. Keys excluded by ``key_bias`` or ``seqlens_k``, and keys not listed, never leak; a NaN or infinity in the
+        value of a key that ``causal`` hides from some queries of a block may reach those queries, as in flash
+        attention.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument. On the CPU also a count
