@@ -1,14 +1,47 @@
-// block_sparse_attention for blocks of query rows: one row a lane, keys and values broadcast.
+// block_sparse_attention for blocks of query rows: one row a lane, keys and values broadcast (block_sparse_lanes.h).
 // Include only from block_sparse_attention_cpu.cpp.
 //
-// A group is 2 * kLanes rows, held transposed: q [D][group], logits [keys][group], out [D][group]. Because a lane is a
-// row, softmax needs no horizontal step. The products are those of block_sparse_products.h.
+// Because a lane is a row, softmax needs no horizontal step. The products with keys and values are those of a class: of
+// FloatProducts, or of PairProducts (block_sparse_pairs.h).
 #pragma once
-#include "attention/block_sparse_products.h"
+#include "attention/block_sparse_lanes.h"
 
 namespace vtk {
 namespace VTK_ISA {
 namespace {
+
+template <class T>
+class FloatProducts {
+ public:
+  using Input = T;
+
+  FloatProducts(const BlockSparseAttentionParams& params, int64_t rows)
+      : p(params), keys_(p.head_dim), values_(p.head_dim), queries_(scratch<float>(rows * p.head_dim)) {}
+
+  void load_queries(int32_t b, int32_t h, int32_t first, int32_t count) {
+    load_lanes<T>(p.query, b, h, first, count, p.head_dim, p.scale * kLog2E, queries_.get());
+  }
+
+  void load_tile(const KeyTile& tile, int32_t b, int32_t head) {
+    keys_.load(p.key, b, head, tile.index, tile.count);
+    values_.load(p.value, b, head, tile.index, tile.count);
+  }
+
+  // logits[keys][group] of group g, in powers of two
+  void dot_keys(int32_t g, int32_t count, float* logits) const {
+    keys_.dot(0, count, &queries_[int64_t{g} * kGroup * p.head_dim], logits);
+  }
+
+  // out[D][group] = out * (low, high) + v^T weights[keys][group]
+  void add_values(const float* weights, int32_t count, f32v low, f32v high, float* out) const {
+    values_.add_weighted(0, count, weights, low, high, out);
+  }
+
+ private:
+  const BlockSparseAttentionParams& p;
+  PackedRows<T> keys_, values_;
+  Scratch<float> queries_;  // [groups][D][group], scaled
+};
 
 template <class Products>
 class ManyRows {
@@ -33,7 +66,7 @@ class ManyRows {
     first_row_ = block * p.block_q;
     num_rows_ = std::min(p.block_q, p.num_queries - first_row_);
     load_queries();
-    KeyStream keys(p, b, h, block, first_row_ + num_rows_ - 1, 0, KeyStream::num_entries(p, b, h, block));
+    KeyStream keys(p, b, h, block, first_row_ + num_rows_ - 1, 0, Entries(p, b, h, block).count());
     while (keys.next(tile_)) {
       products_.load_tile(tile_, b, key_head_);
       for (int32_t g = 0; g < num_groups(); ++g)
@@ -47,46 +80,25 @@ class ManyRows {
     return round_up(std::min(p.block_q, p.num_queries), kGroup);
   }
   int32_t num_groups() const { return ceil_div(num_rows_, kGroup); }
-  float* out(int32_t g) { return &out_[int64_t{g} * kGroup * p.head_dim]; }
 
-  // Lanes without a row repeat the last one.
   void load_queries() {
+    products_.load_queries(b_, h_, first_row_, num_rows_);
     const int32_t padded = num_groups() * kGroup, length = length_of(p, b_);
-    for (int32_t r = 0; r < padded; ++r) {
-      const int32_t query = first_row_ + std::min(r, num_rows_ - 1);
-      products_.set_query(r, row_of<T>(p.query, b_, h_, query));
-      limit_[r] = limit_of(p, query, length);
-      max_[r] = -kInfinity;
-      sum_[r] = 0.0f;
-    }
+    for (int32_t r = 0; r < padded; ++r) limit_[r] = limit_of(p, first_row_ + std::min(r, num_rows_ - 1), length);
+    std::fill_n(max_.get(), padded, -kInfinity);
+    std::fill_n(sum_.get(), padded, 0.0f);
     std::fill_n(out_.get(), int64_t{padded} * p.head_dim, 0.0f);
   }
 
   void attend(int32_t g) {
     products_.dot_keys(g, tile_.count, logits_.get());
-    if (p.key_bias != nullptr) add_bias();
-    if (tile_.causal && tile_.last >= limit_[g * kGroup]) hide(g);
+    if (p.key_bias != nullptr) add_bias(tile_, logits_.get());
+    if (tile_.causal && tile_.last >= limit_[g * kGroup]) hide(tile_, &limit_[g * kGroup], logits_.get());
     f32v correct_low, correct_high;
     softmax(g, 0, correct_low);
     softmax(g, kLanes, correct_high);
-    products_.add_values(logits_.get(), tile_.count, correct_low, correct_high, out(g));
-  }
-
-  void add_bias() {
-    for (int32_t n = 0; n < tile_.count; ++n)
-      for (int v = 0; v < kGroup; v += kLanes)
-        store(&logits_[n * kGroup + v], load(&logits_[n * kGroup + v]) + tile_.bias[n]);
-  }
-
-  void hide(int32_t g) {
-    for (int v = 0; v < kGroup; v += kLanes) {
-      i32v limit;
-      std::memcpy(&limit, &limit_[g * kGroup + v], sizeof limit);
-      for (int32_t n = 0; n < tile_.count; ++n) {
-        float* x = &logits_[n * kGroup + v];
-        store(x, tile_.index[n] < limit ? load(x) : splat(-kInfinity));
-      }
-    }
+    products_.add_values(logits_.get(), tile_.count, correct_low, correct_high,
+                         &out_[int64_t{g} * kGroup * p.head_dim]);
   }
 
   // Folds the tile's logits into the rows' maxima and sums and leaves 2^(logit - maximum). `correct` is what the sums
@@ -111,8 +123,7 @@ class ManyRows {
   void write() {
     for (int32_t r = 0; r < num_rows_; ++r) {
       const int64_t row = (int64_t{b_} * p.num_heads + h_) * p.num_queries + first_row_ + r;
-      const float* from = out(r / kGroup) + r % kGroup;
-      for (int32_t d = 0; d < p.head_dim; ++d) row_[d] = from[d * kGroup];
+      read_lane(lane_of(out_.get(), r, p.head_dim), p.head_dim, row_.get());
       write_row<T>(p, row, row_.get(), max_[r], sum_[r]);
     }
   }
