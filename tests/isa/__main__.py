@@ -65,7 +65,7 @@ def redirect(isa: str, native: str) -> list:
     return callbacks
 
 
-def main(isa: str, *arguments: str) -> int:
+def main(isa: str = "avx512", *arguments: str) -> int:
     if importlib.util.find_spec("bochscpu") is None:
         print("tests.isa: skipped, no emulator: pip install bochscpu-python==0.4.0")
         return 0
