@@ -22,6 +22,7 @@ __all__ = ["BlockLists", "dense", "from_block_mask", "from_blocks", "from_bsr", 
 
 if importlib.util.find_spec("transformers") is not None:
     from vtkernels.attention.implementations import register, sparse
+    from vtkernels.attention.recording import Pass, recording
 
-    __all__ += ["register", "sparse"]
+    __all__ += ["Pass", "recording", "register", "sparse"]
     register()
