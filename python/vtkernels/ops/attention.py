@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtkernels.ops._autograd import below, needs_grad
+from vtkernels.ops._autograd import without_backward
 
 
 def block_sparse_attention(
@@ -107,27 +107,14 @@ def _(query, key, value, block_counts, block_indices, **_options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-class _Attend(torch.autograd.Function):
-    """Without it a backward pass would end here without a word."""
-
-    @staticmethod
-    def forward(ctx, call, query, key, value):
-        return below(call, query, key, value)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("vtk::block_sparse_attention: there is no backward pass yet; train on sdpa")
-
-
 def _block_sparse_attention_autograd(query, key, value, block_counts, block_indices, **options):
     op = torch.ops.vtk.block_sparse_attention.default
 
     def call(query, key, value):
         return op(query, key, value, block_counts, block_indices, **options)
 
-    if needs_grad(query, key, value):
-        return _Attend.apply(call, query, key, value)
-    return below(call, query, key, value)
+    reason = "vtk::block_sparse_attention: there is no backward pass yet; train on sdpa"
+    return without_backward(reason, call, query, key, value)
 
 
 _library = torch.library.Library("vtk", "FRAGMENT")
