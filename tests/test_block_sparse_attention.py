@@ -10,30 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vtkernels
+from tests.attention_data import all_blocks, inputs, lists
 from tests.covering import pairwise
 from tests.reference import block_sparse_attention as reference
 from vtkernels.testing.compare import assert_close, assert_same_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def inputs(random, rows, keys, depth=16, batch=1, heads=2, key_heads=None, dtype=torch.float32):
-    shapes = [(heads, rows), (key_heads or heads, keys), (key_heads or heads, keys)]
-    return [torch.randn(batch, h, n, depth, generator=random).to(dtype) for h, n in shapes]
-
-
-def lists(random, rows, limit, block_q=64, batch=1, heads=1, density=0.6):
-    """Random lists in random order: counts [batch, heads, Mq] and indices [batch, heads, Mq, limit]."""
-    chosen = torch.rand(batch, heads, -(-rows // block_q), limit, generator=random)
-    counts = (chosen < density).sum(-1).int()
-    return counts, chosen.argsort(-1).int()
-
-
-def all_blocks(rows, keys, block_q=64, block_k=64):
-    down, across = -(-rows // block_q), -(-keys // block_k)
-    counts = torch.full((1, 1, down), across, dtype=torch.int32)
-    return counts, torch.arange(across, dtype=torch.int32).expand(1, 1, down, across)
 
 
 def run(backend, tensors, **options):
@@ -297,14 +280,6 @@ def test_compiles_whole(random):
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(*tensors), attend(*tensors), strict=True):
         assert_same_bits(a, b)
-
-
-def test_a_backward_pass_says_that_there_is_none(random):
-    query, key, value = (x.requires_grad_() for x in inputs(random, 9, 70))
-    out, lse = vtkernels.block_sparse_attention(query, key, value, *all_blocks(9, 70), block_q=64, block_k=64)
-    assert out.requires_grad and lse.requires_grad
-    with pytest.raises(NotImplementedError, match="block_sparse_attention: there is no backward pass yet"):
-        out.sum().backward()
 
 
 Q, K = torch.zeros(2, 4, 9, 8), torch.zeros(2, 2, 70, 8)

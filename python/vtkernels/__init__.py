@@ -7,7 +7,7 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
 from vtkernels.kv import kv_bytes_per_token
-from vtkernels.ops.attention import block_sparse_attention
+from vtkernels.ops.attention import block_sparse_attention, block_sparse_attention_backward
 from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
 from vtkernels.ops.kv import kv_pack, kv_unpack, packed_attention
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
@@ -30,6 +30,7 @@ __all__ = [
     "bipartite_merge",
     "bipartite_merge_varlen",
     "block_sparse_attention",
+    "block_sparse_attention_backward",
     "cluster_dpc_knn",
     "cluster_kmedoids",
     "energy_scores",

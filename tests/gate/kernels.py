@@ -21,6 +21,12 @@ HOT = Allowed()
 
 KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/attention/block_sparse_attention.cu": {"attend_kernel": HOT, "merge_parts_kernel": HOT},
+    "csrc/attention/block_sparse_attention_backward.cu": {
+        "delta_kernel": HOT,
+        "mark_kernel": HOT,
+        "query_gradient_kernel": HOT,
+        "key_gradients_kernel": HOT,
+    },
     "csrc/kv/kv_pack.cu": {"kv_pack_kernel": HOT},
     "csrc/kv/kv_unpack.cu": {"kv_unpack_kernel": HOT},
     "csrc/kv/packed_attention.cu": {"packed_part_kernel": HOT, "packed_merge_kernel": HOT},

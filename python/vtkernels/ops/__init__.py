@@ -15,6 +15,7 @@ PUBLIC = {
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
     "block_sparse_attention": attention.block_sparse_attention,
+    "block_sparse_attention_backward": attention.block_sparse_attention_backward,
     "kv_pack": kv.kv_pack,
     "kv_unpack": kv.kv_unpack,
     "packed_attention": kv.packed_attention,

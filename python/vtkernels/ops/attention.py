@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vtkernels.ops._autograd import without_backward
+from vtkernels.ops._autograd import below, needs_grad
 
 
 def block_sparse_attention(
@@ -33,7 +36,8 @@ def block_sparse_attention(
     listed for the block of query ``i``; ``lse[i]`` is the natural logarithm of the softmax's denominator. A list is a
     count and the first ``count`` entries of a row of indices, as in FlexAttention's BlockMask. The order of a list
     changes no more than the rounding; a key that is listed twice counts twice. Products and sums are float32 whatever
-    the inputs are; the extra memory does not grow with ``Q * N``.
+    the inputs are; the extra memory does not grow with ``Q * N``. Gradients flow to ``query``, ``key`` and ``value``,
+    from ``out`` and from ``lse`` (:func:`block_sparse_attention_backward`); they are not differentiable again.
 
     Args:
         query: float32, float16 or bfloat16 ``[B, H, Q, D]``, ``1 <= D <= 256``; any batch, head and row strides,
@@ -69,7 +73,7 @@ def block_sparse_attention(
             outside ``[0, capacity]``, an index outside the keys and a length outside ``[0, N]``. On CUDA, where a
             report needs a synchronisation, counts and lengths are clamped and such an index is passed over; a list
             there holds fewer than 2^24 entries.
-        NotImplementedError: in backward: there is no backward pass yet.
+        NotImplementedError: a ``key_bias`` that requires a gradient: it would get none.
 
     Example:
         >>> q, k = torch.eye(2)[None, None], torch.zeros(1, 1, 3, 2)
@@ -107,15 +111,116 @@ def _(query, key, value, block_counts, block_indices, **_options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _block_sparse_attention_autograd(query, key, value, block_counts, block_indices, **options):
-    op = torch.ops.vtk.block_sparse_attention.default
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_counts: Tensor,
+    block_indices: Tensor,
+    *,
+    grad_lse: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`block_sparse_attention` for query, key and value; autograd calls it.
 
-    def call(query, key, value):
-        return op(query, key, value, block_counts, block_indices, **options)
+    With ``m[i, n]`` the times key ``n`` is listed for query ``i``, ``P[i, n] = m[i, n] exp(scale * query[i] . key[n] +
+    key_bias[n] - lse[i])`` and ``dS[i, n] = P[i, n] (grad_out[i] . value[n] - out[i] . grad_out[i] + grad_lse[i])``:
+    ``grad_query = scale dS key``, ``grad_key = scale dS^T query`` and ``grad_value = P^T grad_out``, the last two
+    summed over the query heads of a key head. Products and sums are float32, in an order that depends on the lists
+    alone: no atomics, the same bits in every run. P is computed twice, for the queries and for the keys, instead of
+    stored: the extra memory grows with the length of the lists. The result carries no gradient.
 
-    reason = "vtk::block_sparse_attention: there is no backward pass yet; train on sdpa"
-    return without_backward(reason, call, query, key, value)
+    Args:
+        grad_out: ``[B, H, Q, D]`` of the dtype of ``query``; any batch, head and row strides, contiguous last
+            dimension.
+        query, key, value, block_counts, block_indices: as the forward pass had them.
+        out, lse: what it returned, contiguous.
+        grad_lse: float32 ``[B, H, Q]``, contiguous; None: zero.
+        options: the options of :func:`block_sparse_attention`, as the forward pass had them.
+
+    Returns:
+        ``grad_query [B, H, Q, D]``, ``grad_key`` and ``grad_value [B, Hk, N, D]``, contiguous, of the dtype of
+        ``query``. A query without a key, and a key that is not listed or that ``key_bias`` or ``seqlens_k`` excludes,
+        has gradient 0 and, whatever it holds, no part in the others. A NaN or infinity in a query or in ``grad_out``
+        may reach the keys that stand next to those it attends to; one in a key, the other queries of a block that
+        lists it.
+
+    Raises:
+        RuntimeError: as :func:`block_sparse_attention` does.
+
+    Example:
+        >>> q, k = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 3, 2)
+        >>> v = torch.tensor([[[[1.0, 0.0], [3.0, 0.0], [8.0, 6.0]]]])
+        >>> lists = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+        >>> out, lse = block_sparse_attention(q, k, v, *lists)
+        >>> grads = block_sparse_attention_backward(torch.ones_like(out), q, k, v, out, lse, *lists)
+        >>> [round(x, 3) for x in grads[2][0, 0, :, 0].tolist()]
+        [0.333, 0.333, 0.333]
+
+    FlashAttention-2 (arXiv 2307.08691), over lists.
+    """
+    return torch.ops.vtk.block_sparse_attention_backward.default(
+        grad_out, query, key, value, out, lse, block_counts, block_indices, grad_lse=grad_lse, **options
+    )
+
+
+@torch.library.register_fake("vtk::block_sparse_attention_backward")
+def _(grad_out, query, key, value, out, lse, block_counts, block_indices, **_options):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, block_counts, block_indices, options):
+        inputs = (query, key, value, block_counts, block_indices)
+        out, lse = below(torch.ops.vtk.block_sparse_attention.default, *inputs, **options)
+        saved = {n: x for n, x in options.items() if isinstance(x, Tensor)}
+        ctx.save_for_backward(*inputs, out, lse, *saved.values())
+        ctx.saved_options = list(saved)
+        ctx.options = {n: x for n, x in options.items() if n not in saved}
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, block_counts, block_indices, out, lse, *saved = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        elif grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
+        grads = torch.ops.vtk.block_sparse_attention_backward.default(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            block_counts,
+            block_indices,
+            grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+            **dict(zip(ctx.saved_options, saved, strict=True)),
+            **ctx.options,
+        )
+        return *grads, None, None, None
+
+
+def _block_sparse_attention_autograd(query, key, value, block_counts, block_indices, *, key_bias=None, **options):
+    if key_bias is not None and needs_grad(key_bias):
+        raise NotImplementedError(
+            "vtk::block_sparse_attention: key_bias requires a gradient and would get none; pass key_bias.detach()"
+        )
+    options["key_bias"] = key_bias
+    if needs_grad(query, key, value):
+        return _Attend.apply(query, key, value, block_counts, block_indices, options)
+    return below(
+        torch.ops.vtk.block_sparse_attention.default, query, key, value, block_counts, block_indices, **options
+    )
 
 
 _library = torch.library.Library("vtk", "FRAGMENT")
 _library.impl("block_sparse_attention", _block_sparse_attention_autograd, "Autograd")
+_library.impl("block_sparse_attention_backward", torch.library.fallthrough_kernel, "Autograd")
