@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import attention, cluster, merge, merge_forms, score, select
+from vtkernels.ops import attention, cluster, kv, merge, merge_forms, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -16,6 +16,9 @@ PUBLIC = {
     "select_cover": select.select_cover,
     "block_sparse_attention": attention.block_sparse_attention,
     "block_sparse_attention_backward": attention.block_sparse_attention_backward,
+    "kv_pack": kv.kv_pack,
+    "kv_unpack": kv.kv_unpack,
+    "packed_attention": kv.packed_attention,
     "bipartite_match": merge.bipartite_match,
     "bipartite_match.varlen": merge_forms.bipartite_match_varlen,
     "merge_apply": merge.merge_apply,

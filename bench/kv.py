@@ -1,0 +1,113 @@
+"""The kv family: packing and unpacking against the same formula in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.harness import Case, PeerMissing, compiled
+from vtkernels import kv_pack, kv_unpack, packed_attention
+from vtkernels.kv import KVFormat, channel_order
+
+OPS = ["kv_pack", "kv_unpack", "packed_attention"]
+HEADS, HEAD_DIM = 8, 128
+
+
+def int4_codes(k: Tensor, v: Tensor) -> list[Tensor]:
+    """Codes, a byte each, and scales of groups of 128 tokens: what a library of torch ops does, less its packing."""
+    out = []
+    for x in (k, v):
+        groups = x.float().unflatten(2, (-1, 128))
+        low, high = groups.amin(3, keepdim=True), groups.amax(3, keepdim=True)
+        scale = (high - low) / 15
+        out += [((groups - low) / scale).round().clamp(0, 15).byte(), scale.half(), low.half()]
+    return out
+
+
+def within_a_step(format: KVFormat, k: Tensor):
+    def check(ours, peer) -> None:
+        codes, scale, low = peer[:3]
+        restored = (codes * scale.float() + low.float()).flatten(2, 3)
+        unpacked, _ = kv_unpack(*ours, head_dim=HEAD_DIM, dtype=k.dtype, **format.options)
+        torch.testing.assert_close(unpacked.float(), restored, rtol=0, atol=1.1 * scale.float().max().item())
+
+    return check
+
+
+def pack_case(format: KVFormat, k: Tensor, v: Tensor) -> Case:
+    order = channel_order(k) if format.k_scheme == "mix" else None
+    packed = kv_pack(k, v, **format.options, k_order=order)
+
+    def peer(build):
+        def make():
+            if format.k_scheme != "int4":
+                raise PeerMissing("no peer packs this scheme")
+            return build()
+
+        return make
+
+    return Case(
+        "kv_pack",
+        f"{format} S{k.shape[2]} Hk{HEADS} D{HEAD_DIM} {str(k.dtype).removeprefix('torch.')}",
+        lambda: kv_pack(k, v, **format.options, k_order=order),
+        {"eager": peer(lambda: lambda: int4_codes(k, v)), "inductor": peer(compiled(int4_codes, k, v))},
+        within_a_step(format, k),
+        bytes=k.nbytes + v.nbytes + sum(x.nbytes for x in packed),
+    )
+
+
+def unpack_case(format: KVFormat, k: Tensor, v: Tensor) -> Case:
+    order = channel_order(k) if format.k_scheme == "mix" else None
+    packed = kv_pack(k, v, **format.options, k_order=order)
+    return Case(
+        "kv_unpack",
+        f"{format} S{k.shape[2]} Hk{HEADS} D{HEAD_DIM} {str(k.dtype).removeprefix('torch.')}",
+        lambda: kv_unpack(*packed, head_dim=HEAD_DIM, dtype=k.dtype, **format.options, k_order=order),
+        {},
+        lambda ours, peer: None,
+        bytes=k.nbytes + v.nbytes + sum(x.nbytes for x in packed),
+    )
+
+
+def decode_case(format: KVFormat, query: Tensor, k: Tensor, v: Tensor) -> Case:
+    order = channel_order(k) if format.k_scheme == "mix" else None
+    packed, raw = kv_pack(k, v, **format.options, k_order=order), KVFormat("none", "none")
+    pages = kv_pack(k, v, **raw.options)
+
+    def check(ours, peer) -> None:
+        if format == raw and isinstance(peer, Tensor):
+            torch.testing.assert_close(ours[0], peer, rtol=3e-2, atol=3e-2)
+
+    return Case(
+        "packed_attention",
+        f"decode {format} S{k.shape[2]} H{query.shape[1]}/{HEADS} D{HEAD_DIM} {str(k.dtype).removeprefix('torch.')}",
+        lambda: packed_attention(query, *packed, **format.options, k_order=order),
+        {
+            "none": lambda: lambda: packed_attention(query, *pages, **raw.options),
+            "sdpa": lambda: lambda: F.scaled_dot_product_attention(query, k, v, enable_gqa=True),
+        },
+        check,
+        bytes=sum(x.nbytes for x in packed),
+        flops=4 * query.shape[1] * k.shape[2] * HEAD_DIM,
+        target={"none": 1.6 if order is not None else 1.4, "sdpa": 20.0} if format != raw else {},
+    )
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    length = 131072 if device.type == "cuda" else 8192
+    random = torch.Generator(device).manual_seed(0)
+    shape = (1, HEADS, length, HEAD_DIM)
+    k, v = (torch.randn(shape, generator=random, device=device).to(torch.bfloat16) for _ in range(2))
+    for text in ("int4/int4/128", "mix/ternary/128", "mix/ternary5/128"):
+        yield pack_case(KVFormat.parse(text), k, v)
+        yield unpack_case(KVFormat.parse(text), k, v)
+    length = 131072 if device.type == "cuda" else 32768
+    k, v, query = (
+        torch.randn(1, h, n, HEAD_DIM, generator=random, device=device).to(torch.bfloat16)
+        for h, n in ((HEADS, length), (HEADS, length), (4 * HEADS, 1))
+    )
+    for text in ("none/none/64", "int4/int4/128", "int2/int2/128", "mix/ternary/128", "mix/ternary5/128"):
+        yield decode_case(KVFormat.parse(text), query, k, v)

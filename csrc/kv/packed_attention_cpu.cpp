@@ -1,0 +1,235 @@
+// packed_attention on the CPU.
+//
+// out_i = sum over n of softmax_n(scale q_i k_n) v_n, logits in powers of two, online softmax a page at a time
+//
+// The query heads of one key head are rows of one task, so that a page is read once for all of them; rows go through
+// the products (page_product.h) four at a time. Long caches are cut into parts of 16 pages, merged in their order:
+// which thread ran a part changes no bit. Tokens that are in no page become pages of scheme none in scratch memory.
+// Bound: reading the pages; 4 D multiply-adds a token for four rows come close.
+#include "kv/packed_attention.h"
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/parallel.h"
+#include "kv/page_product.h"
+
+namespace vtk {
+namespace VTK_ISA {
+namespace {
+
+constexpr int32_t kPartPages = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// What a part of a task leaves, by row.
+struct Partial {
+  float* values;  // [rows][stride]
+  float* most;    // [rows], in powers of two
+  float* sum;     // [rows]
+};
+
+template <class T>
+class PackedRows {
+ public:
+  explicit PackedRows(const PackedAttentionParams& params)
+      : p(params), group_(p.heads / p.key_heads), rows_(p.num_queries * group_), stride_(padded(p.head_dim)) {
+    const int32_t rows = round_up(rows_, kProductRows);
+    query_ = zeros(rows * stride_);
+    turned_ = zeros(rows * stride_);
+    logits_ = zeros(rows * kPageTokens);
+    for (int side = 0; side < 2; ++side) {
+      loose_page_[side] = kv_page(side == 0, KvScheme::kNone, p.head_dim, 128, true, 32);
+      loose_[side] = zeros(kPageTokens * stride_ + kLanes);
+    }
+    natural_ = zeros(kPageTokens * stride_);
+  }
+
+  // Sources [begin, end): pages, then runs of 128 residual tokens.
+  void run(int32_t b, int32_t h, int32_t begin, int32_t end, const Partial& out) {
+    load_queries(b, h);
+    std::fill_n(out.values, int64_t{round_up(rows_, kProductRows)} * stride_, 0.0f);
+    std::fill_n(out.most, rows_, -kInfinity);
+    std::fill_n(out.sum, rows_, 0.0f);
+    for (int32_t source = begin; source < end; ++source) {
+      if (source < p.pages)
+        attend_page(b, h, source, out);
+      else
+        attend_residual(b, h, (source - p.pages) * kPageTokens, out);
+    }
+  }
+
+ private:
+  static Scratch<float> zeros(int64_t count) {
+    Scratch<float> out = scratch<float>(count);
+    std::fill_n(out.get(), count, 0.0f);
+    return out;
+  }
+
+  // Row r is query r / group of head h group + r % group.
+  void load_queries(int32_t b, int32_t h) {
+    const float scale = p.scale * kLog2E;
+    for (int32_t r = 0; r < rows_; ++r) {
+      const PackedRow at = packed_row(r, group_);
+      const T* from = reinterpret_cast<const T*>(p.query.at(b, h * group_ + at.head, at.query));
+      float* to = &query_[int64_t{r} * stride_];
+      for (int32_t c = 0; c < p.head_dim; ++c) to[c] = to_float(from[c]) * scale;
+    }
+    if (p.order.data != nullptr) turn_queries(b, h);
+  }
+
+  // The transform of a mix, on the query: [depth][row] for a moment.
+  void turn_queries(int32_t b, int32_t h) {
+    const KvPage& page = p.side[0].page;
+    const int32_t rows = padded(rows_);
+    Scratch<float> columns = zeros(int64_t{p.head_dim} * rows);
+    for (int32_t d = 0; d < p.head_dim; ++d) {
+      const int32_t channel = p.order.channel(b, h, d);
+      for (int32_t r = 0; r < rows_; ++r) columns[d * rows + r] = query_[r * stride_ + channel];
+    }
+    const KvSection& s = page.section[1];
+    hadamard(&columns[s.first * rows], s.depth, rows);
+    for (int32_t d = 0; d < p.head_dim; ++d)
+      for (int32_t r = 0; r < rows_; ++r) turned_[r * stride_ + d] = columns[d * rows + r];
+  }
+
+  void attend_page(int32_t b, int32_t h, int32_t n, const Partial& out) {
+    const PackedSource &k = p.side[0], &v = p.side[1];
+    const float* query = p.order.data != nullptr ? turned_.get() : query_.get();
+    multiply<T>(k.page, k.codes.at(b, h, n), k.meta.at(b, h, n), query, stride_, logits_.get(), kPageTokens);
+    softmax(out, [](int32_t) { return kPageTokens; });
+    multiply<T>(v.page, v.codes.at(b, h, n), v.meta.at(b, h, n), logits_.get(), kPageTokens, out.values, stride_);
+    std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
+  }
+
+  void attend_residual(int32_t b, int32_t h, int32_t first, const Partial& out) {
+    const int32_t count = std::min(kPageTokens, p.residual - first);
+    const auto token = [&](int side, int32_t t) {
+      return reinterpret_cast<const T*>(p.side[side].residual.at(b, h, first + t));
+    };
+    std::fill_n(natural_.get(), int64_t{kPageTokens} * stride_, 0.0f);
+    std::fill_n(loose_[1].get(), int64_t{kPageTokens} * p.head_dim, 0.0f);
+    for (int32_t t = 0; t < count; ++t) {
+      load_row(token(0, t), p.head_dim, &natural_[int64_t{t} * stride_]);
+      load_row(token(1, t), p.head_dim, &loose_[1][int64_t{t} * p.head_dim]);
+    }
+    transpose_matrix(
+        kPageTokens, p.head_dim, [&](int32_t t) { return &natural_[int64_t{t} * stride_]; },
+        [&](int32_t c) { return &loose_[0][int64_t{c} * kPageTokens]; });
+    const auto bytes = [&](int side) { return reinterpret_cast<const uint8_t*>(loose_[side].get()); };
+    multiply<float>(loose_page_[0], bytes(0), nullptr, query_.get(), stride_, logits_.get(), kPageTokens);
+    softmax(out, [&](int32_t r) {
+      const int32_t seen = p.causal ? p.residual - p.num_queries + r / group_ + 1 : p.residual;
+      return std::clamp(seen - first, 0, count);
+    });
+    multiply<float>(loose_page_[1], bytes(1), nullptr, logits_.get(), kPageTokens, out.values, stride_);
+    std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
+  }
+
+  template <class Element>
+  void multiply(const KvPage& page, const uint8_t* codes, const uint16_t* meta, const float* factor, int32_t stride,
+                float* out, int32_t out_stride) {
+    for (int32_t r = 0; r < rows_; r += kProductRows)
+      product_.add<Element>(page, codes, meta, factor + int64_t{r} * stride, stride, std::min(kProductRows, rows_ - r),
+                            out + int64_t{r} * out_stride, out_stride);
+  }
+
+  // Logits to weights; what is in out.values is brought to the new maximum. Row r has limit(r) tokens.
+  template <class Limit>
+  void softmax(const Partial& out, const Limit& limit) {
+    for (int32_t r = 0; r < rows_; ++r) {
+      float* x = &logits_[int64_t{r} * kPageTokens];
+      std::fill(x + limit(r), x + kPageTokens, -kInfinity);
+      f32v best = splat(out.most[r]);
+      for (int32_t i = 0; i < kPageTokens; i += kLanes) best = max(load(x + i), best);
+      const float now = max(best), shift = now == -kInfinity ? 0.0f : now;
+      f32v total = {};
+      for (int32_t i = 0; i < kPageTokens; i += kLanes) {
+        const f32v e = exp2_bounded(load(x + i) - shift);
+        store(x + i, e);
+        total += e;
+      }
+      if (out.most[r] != now) {
+        const float correct = exp2_bounded(splat(out.most[r] - shift))[0];
+        float* values = out.values + int64_t{r} * stride_;
+        for (int32_t c = 0; c < stride_; c += kLanes) store(values + c, load(values + c) * correct);
+        out.sum[r] *= correct;
+        out.most[r] = now;
+      }
+      out.sum[r] += sum(total);
+    }
+  }
+
+  const PackedAttentionParams& p;
+  const int32_t group_, rows_, stride_;
+  Scratch<float> query_, turned_;      // [rows][stride], scaled; behind the transform of a mix
+  Scratch<float> logits_;              // [rows][128]; zeros between sources
+  Scratch<float> natural_, loose_[2];  // residual tokens as a page
+  KvPage loose_page_[2];
+  PageProduct product_;
+};
+
+// Merges the parts of row r in their order and stores it as row `to` of the output.
+template <class T>
+void merge_parts(const PackedAttentionParams& p, const Partial* parts, int64_t num_parts, int32_t r, int64_t to,
+                 float* values) {
+  const int32_t stride = padded(p.head_dim);
+  float most = -kInfinity, total = 0.0f;
+  for (int64_t i = 0; i < num_parts; ++i) most = std::max(most, parts[i].most[r]);
+  std::fill_n(values, stride, 0.0f);
+  for (int64_t i = 0; i < num_parts; ++i) {
+    if (parts[i].sum[r] == 0.0f) continue;
+    const float weight = parts[i].most[r] == most ? 1.0f : exp2_bounded(splat(parts[i].most[r] - most))[0];
+    total += weight * parts[i].sum[r];
+    const float* from = parts[i].values + int64_t{r} * stride;
+    for (int32_t c = 0; c < stride; c += kLanes) store(values + c, load(values + c) + weight * load(from + c));
+  }
+  const float by_total = total == 0.0f ? 0.0f : 1.0f / total;  // a NaN is a total too
+  for (int32_t c = 0; c < stride; c += kLanes) store(values + c, load(values + c) * by_total);
+  store_row(values, p.head_dim, static_cast<T*>(p.out) + to * p.head_dim);
+  p.lse[to] = total == 0.0f ? -kInfinity : (most + std::log2(total)) * kLn2;
+}
+
+template <class T>
+void attend(const PackedAttentionParams& p) {
+  const int32_t group = p.heads / p.key_heads, rows = p.num_queries * group, stride = padded(p.head_dim);
+  const int32_t sources = p.pages + ceil_div(p.residual, kPageTokens), parts = ceil_div(sources, kPartPages);
+  const int64_t heads = int64_t{p.batch} * p.key_heads, values_size = int64_t{round_up(rows, kProductRows)} * stride;
+  Scratch<float> values = scratch<float>(heads * parts * values_size), sums = scratch<float>(heads * parts * rows * 2);
+  std::vector<Partial> partial(heads * parts);
+  for (size_t i = 0; i < partial.size(); ++i)
+    partial[i] = {&values[i * values_size], &sums[i * rows * 2], &sums[i * rows * 2 + rows]};
+  std::atomic<int64_t> next{0};
+  const int64_t tasks = heads * parts, threads = std::min<int64_t>(num_threads(), tasks);
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    PackedRows<T> worker(p);
+    for (int64_t i = next++; i < tasks; i = next++) {
+      const int64_t head = i / parts;
+      const Range range = tile_range(static_cast<int32_t>(i % parts), kPartPages, sources);
+      worker.run(static_cast<int32_t>(head / p.key_heads), static_cast<int32_t>(head % p.key_heads), range.begin,
+                 range.end, partial[i]);
+    }
+  });
+  Scratch<float> merged = scratch<float>(stride);
+  for (int64_t head = 0; head < heads; ++head)
+    for (int32_t r = 0; r < rows; ++r) {
+      const PackedRow at = packed_row(r, group);
+      merge_parts<T>(p, partial.data() + head * parts, parts, r, (head * group + at.head) * p.num_queries + at.query,
+                     merged.get());
+    }
+}
+
+}  // namespace
+
+void packed_attention_cpu(const PackedAttentionParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat32: return attend<float>(p);
+    case DType::kFloat16: return attend<f16>(p);
+    case DType::kBFloat16: return attend<bf16>(p);
+  }
+}
+
+}  // namespace VTK_ISA
+}  // namespace vtk

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import torch
+
+from vtkernels.kv import KVFormat, channel_order
+from vtkernels.testing.cases import Case
+
+FORMATS = ["none/none/64", "fp8/int4@token/32", "int2@token/sign/32", "ternary/ternary5@token/32"]
+
+
+def _tensors(random: torch.Generator, dtype: torch.dtype, head_dim: int):
+    shape = (2, 256, 1, head_dim)
+    k, v = (torch.randn(shape, generator=random).to(dtype).transpose(1, 2) for _ in range(2))
+    return k[:, :, :128], v[:, :, 128:]
+
+
+def _pack(text: str):
+    return lambda random, dtype: (_tensors(random, dtype, 32), KVFormat.parse(text).options)
+
+
+def _unpack(text: str):
+    def make(random: torch.Generator, dtype: torch.dtype):
+        options = KVFormat.parse(text).options
+        packed = torch.ops.vtk.kv_pack(*_tensors(random, dtype, 32), **options)
+        return packed, options | {"head_dim": 32, "dtype": dtype}
+
+    return make
+
+
+def _mix(random: torch.Generator, dtype: torch.dtype):
+    k, v = _tensors(random, dtype, 24)
+    options = KVFormat("mix", "ternary5", 128).options
+    return (k, v), options | {"k_order": channel_order(k), "ternary_threshold": 0.7}
+
+
+def _unpack_mix(random: torch.Generator, dtype: torch.dtype):
+    tensors, options = _mix(random, dtype)
+    packed = torch.ops.vtk.kv_pack(*tensors, **options)
+    del options["ternary_threshold"]
+    return packed, options | {"head_dim": 24, "dtype": dtype}
+
+
+def _attention(text: str, residual: int, causal: bool):
+    def make(random: torch.Generator, dtype: torch.dtype):
+        options = KVFormat.parse(text).options
+        k, v = _tensors(random, dtype, 32)
+        packed = torch.ops.vtk.kv_pack(k, v, **options)
+        query = torch.randn(2, 3, 4, 32, generator=random).to(dtype).transpose(1, 2)
+        if residual:
+            options |= {"k_residual": k[:, :, :residual], "v_residual": v[:, :, :residual], "causal": causal}
+        return (query, *packed), options
+
+    return make
+
+
+def _attention_mix(random: torch.Generator, dtype: torch.dtype):
+    packed, options = _unpack_mix(random, dtype)
+    del options["dtype"], options["head_dim"]
+    return (torch.randn(2, 2, 1, 24, generator=random).to(dtype), *packed), options | {"scale": 0.2}
+
+
+CASES = [
+    *(Case("kv_pack", text, _pack(text)) for text in FORMATS),
+    Case("kv_pack", "mix/ternary5/128", _mix),
+    *(Case("kv_unpack", text, _unpack(text)) for text in FORMATS),
+    Case("kv_unpack", "mix/ternary5/128", _unpack_mix),
+    Case("packed_attention", "pages alone", _attention("int4/int2@token/32", 0, False)),
+    Case("packed_attention", "pages and residual, causal", _attention("none/ternary/64", 7, True)),
+    Case("packed_attention", "mix/ternary5/128", _attention_mix),
+]

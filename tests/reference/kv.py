@@ -1,0 +1,328 @@
+"""The low-bit cache from docs/kv.md, page by page in numpy, float32 where the definition rounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = 128
+MOST_CODE = {"int4": 15, "int2": 3}
+BITS = {"fp8": 8, "int4": 4, "int2": 2, "sign": 1}
+HALF_NAN = np.uint16(0x7E00)
+FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
+@dataclass
+class Section:
+    scheme: str
+    first: int  # depth row
+    depth: int
+
+
+def sections(scheme: str, depth: int) -> list[Section]:
+    if scheme == "mix":
+        return [Section("int2", 0, depth // 2), Section("sign", depth // 2, depth - depth // 2)]
+    return [Section(scheme, 0, depth)]
+
+
+def hadamard(x: np.ndarray) -> np.ndarray:
+    """Over the first dimension: the fast float32 transform of each power of two that sums up to it, largest first."""
+    out, first = x.astype(np.float32).copy(), 0
+    while first < len(x):
+        block = 1 << (len(x) - first).bit_length() - 1
+        part = out[first : first + block]
+        step = 1
+        while step < block:
+            pairs = part.reshape(block // (2 * step), 2, step, -1)
+            low, high = pairs[:, 0].copy(), pairs[:, 1].copy()
+            pairs[:, 0], pairs[:, 1] = low + high, low - high
+            step *= 2
+        root = np.float32(0.70710678) if block.bit_length() % 2 == 0 else np.float32(1)
+        part *= root * np.float32(2.0 ** -((block.bit_length() - 1) // 2))
+        first += block
+    return out
+
+
+def half_down(x: np.ndarray) -> np.ndarray:
+    x = np.clip(x, -65504, 65504).astype(np.float32)
+    near = (x + np.float32(0)).astype(np.float16)
+    return np.where(near.astype(np.float32) > x, np.nextafter(near, np.float16(-np.inf)), near)
+
+
+def half_up(x: np.ndarray) -> np.ndarray:
+    x = np.clip(x, 0, 65504).astype(np.float32)
+    near = x.astype(np.float16)
+    return np.where(near.astype(np.float32) < x, np.nextafter(near, np.float16(np.inf)), near)
+
+
+def running_sum(x: np.ndarray) -> np.ndarray:
+    """float32, one value after the other along the last dimension."""
+    total = np.zeros(x.shape[:-1], np.float32)
+    for i in range(x.shape[-1]):
+        total = total + x[..., i]
+    return total
+
+
+def quantise(x: np.ndarray, scheme: str, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups ``[..., g]`` to (scale, zero) float16 ``[...]`` and codes ``[..., g]``."""
+    with np.errstate(all="ignore"):
+        size, broken = x.shape[-1], ~np.isfinite(x).all(-1)
+        zero = np.zeros(x.shape[:-1], np.float16)
+        mean = running_sum(np.abs(x)) / np.float32(size)
+        kept = np.abs(x) > (np.float32(threshold) * mean)[..., None]
+        if scheme in MOST_CODE:
+            zero = half_down(x.min(-1))
+            scale = half_up((x.max(-1) - zero.astype(np.float32)) / np.float32(MOST_CODE[scheme]))
+        elif scheme == "fp8":
+            scale = half_up(np.abs(x).max(-1) / np.float32(448))
+        elif scheme == "sign":
+            scale = np.minimum(mean, np.float32(65504)).astype(np.float16)
+        else:
+            mean_kept = running_sum(np.where(kept, np.abs(x), np.float32(0))) / kept.sum(-1).astype(np.float32)
+            scale = np.minimum(np.where(kept.any(-1), mean_kept, 0), np.float32(65504)).astype(np.float16)
+        scale, zero = np.where(broken, np.float16(np.nan), scale), np.where(broken, np.float16(np.nan), zero)
+        s, z = scale.astype(np.float32)[..., None], zero.astype(np.float32)[..., None]
+        if scheme == "sign":
+            codes = x < 0
+        elif scheme.startswith("ternary"):
+            codes = 1 + np.where(kept, np.sign(np.nan_to_num(x)), 0)
+        elif scheme == "fp8":
+            y = np.where(s > 0, np.abs(x) / s, 0)
+            y = torch.from_numpy(np.where(y < 448, y, 448).astype(np.float32))
+            codes = y.to(torch.float8_e4m3fn).view(torch.uint8).numpy() | np.where(x < 0, 128, 0)
+        else:
+            y = np.where(s > 0, (x - z) / s, 0)
+            codes = np.rint(np.clip(np.where(y > 0, y, 0), 0, MOST_CODE[scheme]))
+    return scale, zero, codes.astype(np.uint32)
+
+
+def value(codes: np.ndarray, scheme: str, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """float64; scale and zero as quantise gives them."""
+    if scheme == "fp8":
+        digit = FP8[codes].astype(np.float64)
+    else:
+        digit = {"sign": 1 - 2.0 * codes, "ternary": codes - 1.0, "ternary5": codes - 1.0}.get(scheme, codes * 1.0)
+    out = scale.astype(np.float64)[..., None] * digit
+    return out + zero.astype(np.float64)[..., None] if scheme in MOST_CODE else out
+
+
+# ---- Groups of a section [depth, lanes]: along the depth ("per lane") or along the lanes ----
+
+
+def to_groups(x: np.ndarray, group: int, per_lane: bool) -> np.ndarray:
+    """``[groups, width, group]``"""
+    along = x.T if per_lane else x  # [width, what groups run along]
+    return along.reshape(along.shape[0], -1, group).transpose(1, 0, 2)
+
+
+def from_groups(groups: np.ndarray, per_lane: bool) -> np.ndarray:
+    along = groups.transpose(1, 0, 2).reshape(groups.shape[1], -1)
+    return along.T if per_lane else along
+
+
+# ---- Codes [depth, lanes] to bytes and back ----
+
+
+def place(bits: int, i: int) -> int:
+    """Pair order: neighbours in the halves of a word."""
+    return bits * (i // 2) + 16 * (i % 2)
+
+
+def to_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 ``[words, lanes]``"""
+    depth, lanes = codes.shape
+    per_word = 32 // bits
+    words = np.zeros((-(-depth // per_word), lanes), np.uint32)
+    for d in range(depth):
+        words[d // per_word] |= codes[d].astype(np.uint32) << np.uint32(place(bits, d % per_word))
+    return words
+
+
+def from_words(words: np.ndarray, bits: int, depth: int) -> np.ndarray:
+    per_word = 32 // bits
+    rows = [words[d // per_word] >> np.uint32(place(bits, d % per_word)) & ((1 << bits) - 1) for d in range(depth)]
+    return np.stack(rows)
+
+
+def trit_bytes(values: int) -> int:
+    return math.ceil(math.ceil(values / 5) / 16) * 16
+
+
+def to_bytes(codes: np.ndarray, scheme: str) -> bytes:
+    if scheme == "ternary":
+        planes = to_words(codes != 1, 1), to_words(codes == 0, 1)
+        return np.stack(planes, axis=1).tobytes()
+    if scheme == "ternary5":
+        count = trit_bytes(codes.size)
+        flat = np.ones(5 * count, np.int64)
+        flat[: codes.size] = codes.reshape(-1)
+        v = (flat.reshape(5, count) * 3 ** np.arange(4, -1, -1)[:, None]).sum(0)
+        return (-(-256 * v // 243)).astype(np.uint8).tobytes()
+    return to_words(codes, BITS[scheme]).tobytes()
+
+
+def from_bytes(data: np.ndarray, scheme: str, depth: int, lanes: int) -> tuple[np.ndarray, int]:
+    """Codes, and how many bytes they took."""
+    if scheme == "ternary5":
+        count = trit_bytes(depth * lanes)
+        v = data[:count].astype(np.int64) * 243 // 256
+        flat = np.stack([v // 3 ** (4 - i) % 3 for i in range(5)]).reshape(-1)
+        return flat[: depth * lanes].reshape(depth, lanes), count
+    bits = 1 if scheme == "ternary" else BITS[scheme]
+    rows = -(-depth // (32 // bits))
+    if scheme == "ternary":
+        words = data[: rows * 2 * lanes * 4].view(np.uint32).reshape(rows, 2, lanes)
+        codes = 1 + from_words(words[:, 0], 1, depth).astype(np.int64)
+        return codes - 2 * from_words(words[:, 1], 1, depth), words.nbytes
+    words = data[: rows * lanes * 4].view(np.uint32).reshape(rows, lanes)
+    return from_words(words, bits, depth), words.nbytes
+
+
+def raw_bytes(matrix: np.ndarray) -> bytes:
+    """Scheme none: elements [depth, lanes] as unsigned integers, a word after the other along the lanes."""
+    if matrix.itemsize == 4:
+        return matrix.tobytes()
+    return np.stack([matrix[0::2], matrix[1::2]], axis=-1).tobytes()
+
+
+def from_raw_bytes(data: np.ndarray, depth: int, lanes: int, kind: type) -> np.ndarray:
+    if kind == np.uint32:
+        return data.view(kind).reshape(depth, lanes)
+    return data.view(kind).reshape(depth // 2, lanes, 2).transpose(0, 2, 1).reshape(depth, lanes)
+
+
+# ---- Pages ----
+
+
+def bits_of(x: Tensor) -> np.ndarray:
+    kind = torch.int32 if x.element_size() == 4 else torch.int16
+    return x.contiguous().view(kind).numpy().view(np.uint32 if x.element_size() == 4 else np.uint16)
+
+
+def pack_page(x: Tensor, scheme: str, group: int, axis: str, is_key: bool, order, threshold: float):
+    """``[128, D]`` -> code bytes, float16 metadata."""
+    if scheme == "none":
+        raw = bits_of(x)
+        return raw_bytes(np.ascontiguousarray(raw.T if is_key else raw)), np.zeros(0, np.float16)
+    page = x.float().numpy()
+    page = page.T[order] if is_key else page
+    per_lane = is_key != (axis == "channel")
+    code_bytes, meta = b"", []
+    for i, s in enumerate(sections(scheme, len(page))):
+        rows = page[s.first : s.first + s.depth]
+        with np.errstate(all="ignore"):
+            rows = hadamard(rows) if i == 1 else rows
+        scale, zero, codes = quantise(to_groups(rows, group, per_lane), s.scheme, threshold)
+        code_bytes += to_bytes(from_groups(codes, per_lane), s.scheme)
+        meta += [scale.reshape(-1)] + ([zero.reshape(-1)] if s.scheme in MOST_CODE else [])
+    return code_bytes, np.concatenate(meta)
+
+
+def unpack_page(data: np.ndarray, meta: np.ndarray, scheme: str, group: int, axis: str, is_key: bool, order, head_dim):
+    """float64 ``[128, D]``"""
+    depth, lanes = (head_dim, PAGE) if is_key else (PAGE, head_dim)
+    per_lane = is_key != (axis == "channel")
+    page = np.zeros((depth, lanes))
+    for i, s in enumerate(sections(scheme, depth)):
+        codes, taken = from_bytes(data, s.scheme, s.depth, lanes)
+        data = data[taken:]
+        groups = to_groups(codes, group, per_lane)
+        count = groups.shape[0] * groups.shape[1]
+        scale, zero = meta[:count].reshape(groups.shape[:2]), np.zeros(groups.shape[:2], np.float16)
+        meta = meta[count:]
+        if s.scheme in MOST_CODE:
+            zero, meta = meta[:count].reshape(groups.shape[:2]), meta[count:]
+        rows = from_groups(value(groups, s.scheme, scale, zero), per_lane)
+        page[s.first : s.first + s.depth] = hadamard(rows) if i == 1 else rows
+    if is_key:
+        unordered = np.empty_like(page)
+        unordered[order] = page
+        page = unordered.T
+    return page
+
+
+def _orders(k_order: Tensor | None, batch: int, heads: int, head_dim: int) -> np.ndarray:
+    if k_order is None:
+        return np.broadcast_to(np.arange(head_dim), (batch, heads, head_dim))
+    return np.broadcast_to(k_order.numpy(), (batch, heads, head_dim))
+
+
+def kv_pack(
+    k, v, *, k_scheme, v_scheme, group=64, k_axis="channel", v_axis="channel", k_order=None, ternary_threshold=0.5
+):
+    batch, heads, tokens, head_dim = k.shape
+    orders = _orders(k_order, batch, heads, head_dim)
+    out = []
+    for x, scheme, axis, is_key in ((k, k_scheme, k_axis, True), (v, v_scheme, v_axis, False)):
+        pages = [
+            pack_page(x[b, h, n : n + PAGE], scheme, group, axis, is_key, orders[b, h], ternary_threshold)
+            for b in range(batch)
+            for h in range(heads)
+            for n in range(0, tokens, PAGE)
+        ]
+        shape = (batch, heads, tokens // PAGE, -1)
+        out.append(torch.from_numpy(np.stack([np.frombuffer(c, np.uint8).copy() for c, _ in pages])).reshape(shape))
+        meta = np.stack([m for _, m in pages])
+        out.append(torch.from_numpy(meta).reshape(*shape[:3], meta.shape[1]))
+    return tuple(out)
+
+
+def kv_unpack(
+    k_codes, k_meta, v_codes, v_meta, *, head_dim, dtype, k_scheme, v_scheme, group=64, k_axis="channel",
+    v_axis="channel", k_order=None,
+):  # fmt: skip
+    batch, heads, pages, _ = k_codes.shape
+    orders = _orders(k_order, batch, heads, head_dim)
+    sides = ((k_codes, k_meta, k_scheme, k_axis, True), (v_codes, v_meta, v_scheme, v_axis, False))
+    out = []
+    for codes, meta, scheme, axis, is_key in sides:
+        x = torch.empty(batch, heads, pages * PAGE, head_dim, dtype=dtype)
+        for b, h, n in np.ndindex(batch, heads, pages):
+            data = codes[b, h, n].contiguous().numpy()
+            rows = x[b, h, n * PAGE : (n + 1) * PAGE]
+            if scheme == "none":
+                kind = np.uint32 if dtype.itemsize == 4 else np.uint16
+                depth, lanes = (head_dim, PAGE) if is_key else (PAGE, head_dim)
+                raw = from_raw_bytes(data, depth, lanes, kind)
+                raw = np.ascontiguousarray(raw.T if is_key else raw)
+                rows.copy_(torch.from_numpy(raw.view(np.int32 if kind == np.uint32 else np.int16)).view(dtype))
+            else:
+                page = unpack_page(data, meta[b, h, n].numpy(), scheme, group, axis, is_key, orders[b, h], head_dim)
+                rows.copy_(torch.from_numpy(page).float())  # rounded to float32, then to dtype, as kernels do
+        out.append(x)
+    return tuple(out)
+
+
+# ---- VidKV's 1.5-bit keys and 1.58-bit values as its text means them and as it was released ----
+
+
+def vidkv_keys(k: np.ndarray, released: bool) -> np.ndarray:
+    """``[N, D]``, groups of 32 tokens: the hard half 2-bit, the others through a Fourier transform and 1 bit.
+
+    Released, a bit reads as 0 or +s; meant is -s or +s.
+    """
+    spread = k.max(0) - k.min(0)
+    easy = np.sort(np.argsort(-spread, kind="stable")[k.shape[1] // 2 :])
+    out = np.empty_like(k)
+    groups = k.reshape(-1, 32, k.shape[1])
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    step = np.where(high > low, (high - low) / 3, 1)
+    out[:] = (np.rint((groups - low) / step) * step + low).reshape(k.shape)
+    waves = np.fft.fft(k[:, easy], axis=1)
+    parts = np.stack([waves.real, waves.imag], axis=-1).reshape(-1, 32, len(easy), 2)
+    scale = np.abs(parts).mean(1, keepdims=True)
+    coded = (scale * np.where(parts >= 0, 1.0, 0.0 if released else -1.0)).reshape(*waves.shape, 2)
+    out[:, easy] = np.fft.ifft(coded[..., 0] + 1j * coded[..., 1], axis=1).real
+    return out
+
+
+def vidkv_values(v: np.ndarray, released: bool) -> np.ndarray:
+    """``[N, D]``: ternary over 32 tokens. Released, a code reads as -1, 0 or 1 without its scale."""
+    groups = v.reshape(-1, 32, v.shape[1])
+    mean = np.abs(groups).mean(1, keepdims=True)
+    codes = np.where(np.abs(groups) > 0.5 * mean, np.sign(groups), 0)
+    return (codes if released else codes * mean).reshape(v.shape)

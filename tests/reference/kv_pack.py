@@ -1,0 +1,3 @@
+from tests.reference.kv import kv_pack
+
+__all__ = ["kv_pack"]

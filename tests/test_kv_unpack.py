@@ -1,0 +1,167 @@
+"""Values from codes: exact against the reference, and near what was packed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.reference import kv as reference
+from tests.test_kv_pack import FLOATS, SCHEMES, draw
+from vtkernels.kv import KVFormat, channel_order
+from vtkernels.testing.compare import assert_same_bits
+
+
+def round_trip(ops, k, v, format, dtype=None, k_order=None):
+    packed = ops.kv_pack(k, v, **format.options, k_order=k_order)
+    options = format.options | {"head_dim": k.shape[-1], "dtype": dtype or k.dtype, "k_order": k_order}
+    return packed, ops.kv_unpack(*packed, **options), options
+
+
+def check(backend, k, v, format, dtype=None, k_order=None):
+    on_device = None if k_order is None else backend.put(k_order)
+    packed, got, options = round_trip(backend.ops, *backend.put(k, v), format, dtype, on_device)
+    expected = reference.kv_unpack(*(x.cpu() for x in packed), **options | {"k_order": k_order})
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_same_bits(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_on_every_axis(backend, random, scheme, axis, dtype):
+    k, v = draw(random, 1, 1, 128, 32, dtype=dtype), draw(random, 1, 1, 128, 32, dtype=dtype)
+    check(backend, k, v, KVFormat(scheme, scheme, 32, axis, axis))
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80])
+def test_mix(backend, random, head_dim):
+    k, v = draw(random, 2, 2, 128, head_dim), draw(random, 2, 2, 128, head_dim)
+    check(backend, k, v, KVFormat("mix", "ternary5", 128), torch.float32, channel_order(k))
+
+
+def test_pages_anywhere(backend, random):
+    """A cache holds more pages than are in use, and heads apart."""
+    k, v = draw(random, 2, 2, 256, 24), draw(random, 2, 2, 256, 24)
+    format = KVFormat("int4", "ternary5", 32)
+    packed = backend.ops.kv_pack(*backend.put(k, v), **format.options)
+    options = format.options | {"head_dim": 24, "dtype": torch.float32}
+    want = backend.ops.kv_unpack(*packed, **options)
+    spread = [
+        torch.full((2, 3, 4, x.shape[-1]), 77, dtype=x.dtype, device=x.device)[:, 1:, 1:3].copy_(x) for x in packed
+    ]
+    for a, b in zip(backend.ops.kv_unpack(*spread, **options), want, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_none_keeps_every_bit(backend, dtype):
+    bits = torch.arange(128 * 16, dtype=torch.int32) * 0x10001 + 0x7F80_0000 - 0x400
+    x = bits.view(torch.float32) if dtype == torch.float32 else bits.to(torch.int16).view(dtype)
+    x = x[: 128 * 16].view(1, 1, 128, 16)
+    _, (k, v), _ = round_trip(backend.ops, *backend.put(x, x), KVFormat("none", "none"))
+    assert_same_bits(k.cpu(), x)
+    assert_same_bits(v.cpu(), x)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize(("scheme", "most"), [("int4", 15), ("int2", 3)])
+def test_error_is_at_most_half_a_step(random, scheme, most, axis):
+    k = draw(random, 2, 2, 256, 32) + 100 * draw(random, 1, 1, 1, 32)  # ranges far from zero
+    _, (got, _), _ = round_trip(torch.ops.vtk, k, k, KVFormat(scheme, scheme, 32, axis, axis))
+    dims = (2, 32) if axis == "channel" else (3, 32)
+    groups, restored = (x.unflatten(dims[0], (-1, dims[1])).double() for x in (k, got))
+    along = dims[0] + 1
+    reach = (groups.amax(along, True) - groups.amin(along, True)) / most
+    ulp = groups.abs().amax(along, True) * 2**-10  # a float16 zero below the smallest value widens the step
+    assert ((groups - restored).abs() <= 0.5 * (reach * (1 + 2**-10) + ulp) + 1e-6).all()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_error_of_fp8(random, axis):
+    k = draw(random, 1, 2, 128, 32)
+    _, (got, _), _ = round_trip(torch.ops.vtk, k, k, KVFormat("fp8", "fp8", 32, axis, axis))
+    assert ((k - got).abs() <= k.abs() * 2**-4 + k.abs().max() / 448 * 2**-10).all()
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4", "int2", "ternary", "ternary5", "sign"])
+def test_packing_again_changes_nothing(random, scheme):
+    k = draw(random, 1, 2, 256, 32)
+    format = KVFormat(scheme, scheme, 32, "channel", "token")
+    first, (k_again, v_again), _ = round_trip(torch.ops.vtk, k, k, format)
+    second, _, _ = round_trip(torch.ops.vtk, k_again, v_again, format)
+    for a, b in zip(first, second, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_constant_groups_are_exact(backend):
+    k = torch.linspace(-3, 3, 8).half().float().expand(1, 1, 128, 8).contiguous()
+    for scheme in ("int4", "int2"):
+        _, (got, _), _ = round_trip(backend.ops, *backend.put(k, k), KVFormat(scheme, scheme))
+        assert torch.equal(got.cpu(), k)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4", "int2", "ternary", "ternary5", "sign"])
+def test_nan_stays_in_its_group(random, scheme):
+    k = draw(random, 1, 1, 128, 8)
+    k[0, 0, 40, 5] = float("inf")
+    _, (got, _), _ = round_trip(torch.ops.vtk, k, k, KVFormat(scheme, scheme, 32))
+    nan = got.isnan()
+    assert nan[0, 0, 32:64, 5].all() and nan.sum() == 32
+
+
+def test_the_transform_is_orthonormal_and_its_own_inverse():
+    for count in (1, 2, 4, 12, 40, 64):
+        matrix = reference.hadamard(np.eye(count, dtype=np.float32)).astype(np.float64)
+        assert np.allclose(matrix @ matrix, np.eye(count), atol=1e-6) and np.allclose(matrix, matrix.T)
+
+
+def test_mix_preserves_products(random):
+    """q . k behind the transform is q . k: attention applies it to the query and never undoes it on the keys."""
+    q, k = draw(random, 3, 40).numpy(), draw(random, 5, 40).numpy()
+    assert np.allclose(q @ k.T, reference.hadamard(q.T).T @ reference.hadamard(k.T), atol=1e-4)
+
+
+def test_error_beside_the_released_vidkv(random):
+    """Our 1.5 bits, at half the bits of the release, are nearer than its formulas as they were released."""
+    k, v = draw(random, 1, 1, 256, 128), draw(random, 1, 1, 256, 128)
+    _, got, _ = round_trip(torch.ops.vtk, k, v, KVFormat("mix", "ternary5", 32), k_order=channel_order(k))
+    for ours, x, formula in ((got[0], k, reference.vidkv_keys), (got[1], v, reference.vidkv_values)):
+        exact = x[0, 0].double().numpy()
+        error = float(np.square(ours[0, 0].numpy() - exact).mean())
+        meant, released = (float(np.square(formula(exact, r) - exact).mean()) for r in (False, True))
+        assert error < released and meant < released and error < 1.4 * meant
+
+
+OK = {"head_dim": 32, "dtype": torch.float32, "k_scheme": "int4", "v_scheme": "int4"}
+CODES, META = torch.zeros(2, 3, 1, 2048, dtype=torch.uint8), torch.zeros(2, 3, 1, 128, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op(CODES[0], META, CODES, META, **OK), r"k_codes of shape \[B, Hk, pages, bytes\], got"),
+        (lambda op: op(CODES.char(), META, CODES, META, **OK), r"k_codes of dtype"),
+        (lambda op: op(CODES, META.float(), CODES, META, **OK), r"k_meta of dtype float16|k_meta of dtype"),
+        (
+            lambda op: op(CODES, META[..., :9], CODES, META, **OK),
+            r"k_meta.shape = .*\[2, 3, 1, 128\], got \[2, 3, 1, 9\]",
+        ),
+        (lambda op: op(CODES, META, CODES[:, :2], META, **OK), r"v_codes.shape = .*\[2, 3, 1, 2048\], got"),
+        (lambda op: op(CODES, META, CODES, META, **OK | {"head_dim": 24}), r"k_codes.shape = .*\[2, 3, 1, 1536\], got"),
+        (
+            lambda op: op(CODES, META, CODES, META, **OK | {"head_dim": 12}),
+            r"D that is a multiple of 8 up to 256, got 12",
+        ),
+        (lambda op: op(CODES, META, CODES, META, **OK | {"dtype": torch.int32}), r"dtype to be float32.*, got int32"),
+        (
+            lambda op: op(torch.zeros(2, 3, 1, 2056).byte()[..., 8:], META, CODES, META, **OK),
+            r"k_codes whose pages begin at multiples of 16 bytes",
+        ),
+    ],
+)
+def test_errors(backend, call, message):
+    if backend.name == "cuda":
+        pytest.skip("the checks are compiled from the same source; CPU tensors reach them")
+    with pytest.raises(RuntimeError, match="vtk(_simt)?::kv_unpack.*(" + message + ")"):
+        call(backend.ops.kv_unpack)
