@@ -1,4 +1,4 @@
-// block_sparse_attention on CUDA, sm_80 and later.
+// block_sparse_attention and rule_attention on CUDA, sm_80 and later.
 //
 // out_i = sum over listed n of softmax_n(scale q_i k_n + bias_n) v_n, logits in powers of two, online softmax
 //
@@ -85,8 +85,8 @@ struct RunningRows {
 };
 
 // Turns the products of a tile into weights, and scales what was summed before to the new maximum. sLimit: of the
-// warp's rows, under the causal mask.
-template <class Warp, int kKeys>
+// warp's rows, under the causal mask; kMaxRows behind it where their windows begin, with a rule.
+template <class Warp, int kMaxRows, int kKeys>
 __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key,
                       const int32_t* sLimit, float scale, bool biased) {
   float factor = scale;
@@ -106,13 +106,24 @@ __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>&
     }
     int32_t limit[Warp::kRows];
 #pragma unroll
-    for (int i = 0; i < Warp::kRows; ++i) limit[i] = tile.state == TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
+    for (int i = 0; i < Warp::kRows; ++i) limit[i] = tile.state >= TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
 #pragma unroll
     for (int j = 0; j < Warp::kColumns; ++j) {
       const int32_t n = tile.key[first_key + Warp::column(j)];
 #pragma unroll
       for (int i = 0; i < Warp::kRows; ++i)
         if (n >= limit[i]) warp.score[i][j] = -kInfinity;
+    }
+    if (tile.state == TileState::kBanded) {
+#pragma unroll
+      for (int i = 0; i < Warp::kRows; ++i) limit[i] = sLimit[kMaxRows + Warp::row(i)];
+#pragma unroll
+      for (int j = 0; j < Warp::kColumns; ++j) {
+        const int32_t n = tile.key[first_key + Warp::column(j)];
+#pragma unroll
+        for (int i = 0; i < Warp::kRows; ++i)
+          if (n < limit[i]) warp.score[i][j] = -kInfinity;
+      }
     }
     factor = 1.0f;
   }
@@ -164,7 +175,7 @@ __global__ void __maxnreg__(P::kRegisters)
   __shared__ Task sTask;
   __shared__ KeyLists<P::kKeys> sLists;
   __shared__ KeyTile<P::kKeys> sTiles[3];  // multiplied, copied, listed
-  __shared__ int32_t sLimit[P::kMaxRows];
+  __shared__ int32_t sLimit[2 * P::kMaxRows];
   __shared__ float2 sState[P::kKeyWarps * P::kMaxRows];
   using T = typename P::T;
   using Warp = typename P::Warp;
@@ -188,7 +199,9 @@ __global__ void __maxnreg__(P::kRegisters)
     copy_queries<P, false>(p, plan, sTask, shared);
   if (static_cast<int32_t>(threadIdx.x) < plan.rows) {
     const int32_t row = min(static_cast<int32_t>(threadIdx.x), sTask.num_rows - 1);
-    sLimit[threadIdx.x] = limit_of(p, sTask.place(p, plan, row).query, sLists.length);
+    const int32_t query = sTask.place(p, plan, row).query;
+    sLimit[threadIdx.x] = limit_of(p, query, sLists.length);
+    if (sLists.ruled) sLimit[P::kMaxRows + threadIdx.x] = sLists.window_of(query);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -231,7 +244,8 @@ __global__ void __maxnreg__(P::kRegisters)
     // Multiply.
     const unsigned char* sK = sStages + stage * P::kStageBytes + warp_key * P::kRowBytes;
     warp.multiply_keys(sQ, sK);
-    weigh(warp, rows, sTiles[now], warp_key, sLimit + warp_row, p.scale * kLog2E, p.key_bias != nullptr);
+    weigh<Warp, P::kMaxRows>(warp, rows, sTiles[now], warp_key, sLimit + warp_row, p.scale * kLog2E,
+                             p.key_bias != nullptr);
     warp.multiply_values(sK + P::kTileBytes);
     now = next;
     stage ^= 1;

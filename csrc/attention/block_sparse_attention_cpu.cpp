@@ -1,4 +1,4 @@
-// block_sparse_attention on the CPU.
+// block_sparse_attention and rule_attention on the CPU.
 //
 // out_i = sum over listed n of softmax_n(scale q_i k_n + bias_n) v_n, logits in powers of two, online softmax
 //
@@ -40,6 +40,7 @@ struct QueryBlock {
 };
 
 int64_t keys_listed(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
+  if (p.rule != nullptr) return rule_ranges(p, b, h, row).num_keys();
   const int32_t blocks = list_of(p.partial, b, h, row).count, full = list_of(p.full, b, h, row).count;
   const int32_t last = std::min((row + 1) * p.block_q, p.num_queries) - 1;
   const int32_t seen = std::max(0, limit_of(p, last, length_of(p, b)));
@@ -65,8 +66,9 @@ void attend_many_rows(const BlockSparseAttentionParams& p) {
       [&](ManyRows<T>& worker, int64_t i) { worker.run(blocks[i].b, blocks[i].h, blocks[i].row); });
 }
 
-// Heads of one key head may be rows of one task when one list serves them all.
+// Heads of one key head may be rows of one task when one list, or one rule, serves them all.
 int32_t heads_of_a_task(const BlockSparseAttentionParams& p) {
+  if (p.rule_stride_head != 0) return 1;
   for (const BlockLists* lists : {&p.partial, &p.full, &p.columns})
     if (lists->count_stride_head != 0 || lists->entry_stride_head != 0) return 1;
   const int32_t group = p.num_heads / p.key_heads;

@@ -90,6 +90,7 @@ class FewRows {
     lanes_ = scratch<f32v>(int64_t{rows_} * kTileKeys);
     logits_ = scratch<float>(int64_t{rows_} * kTileKeys);
     limit_ = scratch<int32_t>(rows_);
+    window_ = scratch<int32_t>(rows_);
     correct_ = scratch<float>(rows_);
   }
 
@@ -125,6 +126,7 @@ class FewRows {
       for (int32_t d = 0; d < p.head_dim; ++d) to[d] = to_float(from[d]) * scale;
       std::fill(to + p.head_dim, to + padded_, 0.0f);
       limit_[r] = limit_of(p, at.query, length);
+      if (p.rule != nullptr) window_[r] = window_of(p, b_, h_ + at.head, at.query, length);
     }
   }
 
@@ -156,6 +158,8 @@ class FewRows {
         for (int32_t i = 0; i < tile_.count; ++i) x[i] += tile_.bias[i];
       if (tile_.causal && tile_.last >= limit_[r])
         for (int32_t i = 0; i < tile_.count; ++i) x[i] = tile_.index[i] < limit_[r] ? x[i] : -kInfinity;
+      if (tile_.banded && tile_.first < window_[r])
+        for (int32_t i = 0; i < tile_.count; ++i) x[i] = tile_.index[i] >= window_[r] ? x[i] : -kInfinity;
       softmax(x, padded_count, out.most[r], out.sum[r], correct_[r]);
     }
     int32_t channel = 0;
@@ -197,10 +201,10 @@ class FewRows {
   int32_t b_ = 0, h_ = 0;
   KeyTile tile_;
   const T *key_[kTileKeys], *value_[kTileKeys];
-  Scratch<float> queries_;  // [rows][padded], scaled
-  Scratch<f32v> lanes_;     // [rows][kTileKeys], dot products before their last sum
-  Scratch<float> logits_;   // [rows][kTileKeys]
-  Scratch<int32_t> limit_;
+  Scratch<float> queries_;           // [rows][padded], scaled
+  Scratch<f32v> lanes_;              // [rows][kTileKeys], dot products before their last sum
+  Scratch<float> logits_;            // [rows][kTileKeys]
+  Scratch<int32_t> limit_, window_;  // [rows], the latter with a rule
   Scratch<float> correct_;
 };
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/attention_rule.h"
 #include "attention/block_sparse_attention.h"
 #include "common/narrow.h"
 #include "common/scratch.h"
@@ -27,6 +28,7 @@ constexpr float kLn2 = 0.693147181f;
 struct KeyTile {
   int32_t count = 0;
   bool causal = false;       // the queries' limits apply
+  bool banded = false;       // and the beginnings of their windows
   int32_t index[kTileKeys];  // ascending within a list entry
   float bias[kTileKeys];     // in powers of two
   int32_t first, last;       // the lowest and the highest index
@@ -39,6 +41,29 @@ inline int32_t length_of(const BlockSparseAttentionParams& p, int32_t b) {
 // Query i sees keys [0, limit).
 inline int32_t limit_of(const BlockSparseAttentionParams& p, int32_t query, int32_t length) {
   return p.causal ? visible_keys(query, p.num_queries, length) : length;
+}
+
+inline int32_t first_key_of(const BlockSparseAttentionParams& p, int32_t b) {
+  return p.starts_k == nullptr ? 0 : p.starts_k[b * p.starts_stride];
+}
+
+inline AttentionRule rule_of(const BlockSparseAttentionParams& p, int32_t h) {
+  return AttentionRule::read(p.rule + h * p.rule_stride_head);
+}
+
+// With a rule: the key at which the window of a query begins.
+inline int32_t window_of(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t query, int32_t length) {
+  const int32_t first_key = first_key_of(p, b);
+  return first_key + rule_of(p, h).window_start(query + length - p.num_queries - first_key);
+}
+
+inline RuleRanges rule_ranges(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
+  const int32_t first_key = first_key_of(p, b);
+  const int32_t first = row * p.block_q, last = std::min(first + p.block_q, p.num_queries) - 1;
+  const int32_t to_position = length_of(p, b) - p.num_queries - first_key;
+  RuleRanges ranges;
+  ranges.open(rule_of(p, h), first + to_position, last + to_position, first_key);
+  return ranges;
 }
 
 // One list of one block of queries.
@@ -55,7 +80,8 @@ inline List list_of(const BlockLists& lists, int32_t b, int32_t h, int32_t row) 
 
 class KeyStream {
  public:
-  // Queries [.., last_query] of block `row`; of the lists' entries, taken as one sequence, those in [begin, end).
+  // Queries [.., last_query] of block `row`; of the lists' entries (or the rule's ranges), taken as one sequence, those
+  // in [begin, end).
   KeyStream(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row, int32_t last_query, int32_t begin,
             int32_t end)
       : p_(p),
@@ -65,14 +91,16 @@ class KeyStream {
         end_(end) {
     length_ = length_of(p, b);
     causal_limit_ = std::clamp(limit_of(p, last_query, length_), 0, length_);
+    if (p.rule != nullptr) rule_ = rule_ranges(p, b, h, row);
     open_entry();
   }
 
   static int32_t num_entries(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
+    if (p.rule != nullptr) return rule_ranges(p, b, h, row).count();
     return list_of(p.partial, b, h, row).count + list_of(p.columns, b, h, row).count + list_of(p.full, b, h, row).count;
   }
 
-  // False when no key is left. A tile has keys under the causal mask or keys without it, not both.
+  // False when no key is left. A tile has keys under the same masks.
   bool next(KeyTile& tile) {
     tile.count = 0;
     for (; entry_ < end_ && tile.count < kTileKeys;) {
@@ -83,9 +111,10 @@ class KeyStream {
       }
       if (tile.count == 0) {
         tile.causal = p_.causal && under_mask_;
+        tile.banded = banded_;
         tile.first = std::numeric_limits<int32_t>::max();
         tile.last = 0;
-      } else if (tile.causal != (p_.causal && under_mask_)) {
+      } else if (tile.causal != (p_.causal && under_mask_) || tile.banded != banded_) {
         break;
       }
       append(tile);
@@ -97,6 +126,13 @@ class KeyStream {
   void open_entry() {
     next_key_ = end_key_ = 0;
     if (entry_ >= end_) return;
+    if (p_.rule != nullptr) {
+      const Range keys = rule_.keys(entry_);
+      next_key_ = keys.begin;
+      end_key_ = keys.end;
+      banded_ = rule_.banded && rule_.in_window(entry_);
+      return;
+    }
     const auto& [partial, columns, full] = lists_;
     under_mask_ = entry_ < partial.count + columns.count;
     if (entry_ >= partial.count && under_mask_) {
@@ -127,11 +163,12 @@ class KeyStream {
 
   const BlockSparseAttentionParams& p_;
   const List lists_[3];  // partial, columns, full
+  RuleRanges rule_;      // instead of lists
   const float* bias_;
   int32_t length_, causal_limit_;
   int32_t entry_, end_;
   int32_t next_key_, end_key_;
-  bool under_mask_ = true;
+  bool under_mask_ = true, banded_ = false;
 };
 
 // Stores row `row` of [B, H, Q]: its sums of weighted values, unnormalised (whole vectors of them may be read), the

@@ -50,6 +50,7 @@ class ManyRows {
     max_ = scratch<float>(rows);
     sum_ = scratch<float>(rows);
     limit_ = scratch<int32_t>(rows);
+    window_ = scratch<int32_t>(rows);
     keys_ = scratch<float>(int64_t{kTileKeys} * p.head_dim);
     values_ = scratch<float>(int64_t{kTileKeys} * p.head_dim);
     row_ = scratch<float>(round_up<int64_t>(p.head_dim, kLanes));
@@ -69,13 +70,17 @@ class ManyRows {
       load_keys();
       load_values();
       for (int32_t g = 0; g < num_groups(); ++g)
-        if (!tile_.causal || tile_.first < limit_[std::min((g + 1) * kGroup, num_rows_) - 1]) attend(g);
+        if (sees_tile(g)) attend(g);
     }
     write();
   }
 
  private:
   int32_t num_groups() const { return ceil_div(num_rows_, kGroup); }
+  int32_t last_row(int32_t g) const { return std::min((g + 1) * kGroup, num_rows_) - 1; }
+  bool sees_tile(int32_t g) const {
+    return (!tile_.causal || tile_.first < limit_[last_row(g)]) && (!tile_.banded || tile_.last >= window_[g * kGroup]);
+  }
   float* out(int32_t g) { return &out_[int64_t{g} * kGroup * p.head_dim]; }
 
   // queries_[group][D][row], scaled; lanes without a row repeat the last one.
@@ -88,6 +93,7 @@ class ManyRows {
       float* to = &queries_[int64_t{r / kGroup} * kGroup * p.head_dim + r % kGroup];
       for (int32_t d = 0; d < p.head_dim; ++d) to[d * kGroup] = to_float(from[d]) * scale;
       limit_[r] = limit_of(p, query, length);
+      if (p.rule != nullptr) window_[r] = window_of(p, b_, h_, query, length);
       max_[r] = -kInfinity;
       sum_[r] = 0.0f;
     }
@@ -149,7 +155,10 @@ class ManyRows {
       std::memcpy(&logits_[i * kGroup], dot, sizeof dot);
     }
     if (p.key_bias != nullptr) add_bias();
-    if (tile_.causal && tile_.last >= limit_[g * kGroup]) hide(g);
+    if (tile_.causal && tile_.last >= limit_[g * kGroup])
+      hide_unless(&limit_[g * kGroup], [](int32_t n, i32v limit) { return n < limit; });
+    if (tile_.banded && tile_.first < window_[last_row(g)])
+      hide_unless(&window_[g * kGroup], [](int32_t n, i32v window) { return n >= window; });
     f32v correct_low, correct_high;
     softmax(g, 0, correct_low);
     softmax(g, kLanes, correct_high);
@@ -162,13 +171,15 @@ class ManyRows {
         store(&logits_[n * kGroup + v], load(&logits_[n * kGroup + v]) + tile_.bias[n]);
   }
 
-  void hide(int32_t g) {
+  // Of each row, the keys where sees(key, bound of the row) does not hold.
+  template <class Sees>
+  void hide_unless(const int32_t* bounds, const Sees& sees) {
     for (int v = 0; v < kGroup; v += kLanes) {
-      i32v limit;
-      std::memcpy(&limit, &limit_[g * kGroup + v], sizeof limit);
+      i32v bound;
+      std::memcpy(&bound, bounds + v, sizeof bound);
       for (int32_t n = 0; n < tile_.count; ++n) {
         float* x = &logits_[n * kGroup + v];
-        store(x, tile_.index[n] < limit ? load(x) : splat(-kInfinity));
+        store(x, sees(tile_.index[n], bound) ? load(x) : splat(-kInfinity));
       }
     }
   }
@@ -224,6 +235,7 @@ class ManyRows {
   Scratch<float> queries_, out_;  // [groups][D][group]
   Scratch<float> max_, sum_;      // [rows], the maximum in powers of two
   Scratch<int32_t> limit_;        // [rows]
+  Scratch<int32_t> window_;       // [rows], with a rule
   Scratch<float> keys_, values_;  // [keys][D], [panels][keys][6]
   Scratch<float> row_, logits_;   // [D], [keys][group]
 };

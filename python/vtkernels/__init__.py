@@ -10,6 +10,7 @@ from vtkernels.ops.attention import block_sparse_attention
 from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
 from vtkernels.ops.merge_forms import bipartite_match_varlen, bipartite_merge_varlen, merge_apply_tensors
+from vtkernels.ops.rule import rule_attention
 from vtkernels.ops.score import attention_scores, energy_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -38,6 +39,7 @@ __all__ = [
     "prune_gather_attention",
     "prune_gather_tensors",
     "prune_gather_varlen",
+    "rule_attention",
     "select_cover",
     "select_diverse",
     "temporal_segments",

@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import attention, cluster, merge, merge_forms, score, select
+from vtkernels.ops import attention, cluster, merge, merge_forms, rule, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -15,6 +15,7 @@ PUBLIC = {
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
     "block_sparse_attention": attention.block_sparse_attention,
+    "rule_attention": rule.rule_attention,
     "bipartite_match": merge.bipartite_match,
     "bipartite_match.varlen": merge_forms.bipartite_match_varlen,
     "merge_apply": merge.merge_apply,
