@@ -127,10 +127,10 @@ def streaming_case(rows: int, keys: int, dtype: torch.dtype, device: torch.devic
 
     seen = sum(min(before + i + 1, SINK + WINDOW) for i in range(rows))
     kept = min(keys, rows + SINK + WINDOW)
+    kind = f"{'decode' if rows == 1 else 'causal'} S{keys} H{heads}/{key_heads} D{depth}"
     return Case(
         "rule_attention",
-        f"{'decode' if rows == 1 else 'causal'} S{keys} H{heads}/{key_heads} D{depth} {str(dtype).removeprefix('torch.')} "
-        f"sink {SINK} window {WINDOW}",
+        f"{kind} {str(dtype).removeprefix('torch.')} sink {SINK} window {WINDOW}",
         lambda: rule.attend(q, k, v),
         {"flex": flex_peer, "sdpa masked": masked_sdpa},
         close(dtype),

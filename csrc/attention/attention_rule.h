@@ -20,10 +20,10 @@ VTK_HOST_DEVICE constexpr int32_t at_most(int32_t x, int32_t most) { return x > 
 struct AttentionRule {
   int32_t sink, window, unit, stride, phase;
 
-  // CUDA sources clamp what the CPU reports.
-  VTK_HOST_DEVICE static AttentionRule read(const int32_t* numbers) {
-    return {at_least(numbers[0], 0), at_least(numbers[1], 1), at_least(numbers[2], 1), at_least(numbers[3], 0),
-            at_least(numbers[4], 0)};
+  // Over so many keys. CUDA sources clamp what the CPU reports.
+  VTK_HOST_DEVICE static AttentionRule read(const int32_t* numbers, int32_t keys) {
+    return {at_most(at_least(numbers[0], 0), keys), at_least(numbers[1], 1), at_least(numbers[2], 1),
+            at_least(numbers[3], 0), at_least(numbers[4], 0)};
   }
 
   // Where the window of the query at position t begins: never within the sinks.
@@ -65,13 +65,13 @@ struct RuleRanges {
   }
 
   VTK_HOST_DEVICE int32_t count() const { return sinks + strided + windows; }
-  VTK_HOST_DEVICE bool in_window(int32_t range) const { return range >= sinks + strided; }
+  VTK_HOST_DEVICE int32_t first_window() const { return sinks + strided; }
 
   // The keys of a range; none where a window meets a strided block.
   VTK_HOST_DEVICE Range keys(int32_t range) const {
     if (range < sinks) return within(range, 0, sink);
-    if (!in_window(range)) return within(first_strided + (range - sinks) * stride, sink, limit);
-    const int32_t block = window / kRuleBlock + range - sinks - strided;
+    if (range < first_window()) return within(first_strided + (range - sinks) * stride, sink, limit);
+    const int32_t block = window / kRuleBlock + range - first_window();
     const bool listed_before = strided > 0 && block % stride == phase;
     return within(block, window, listed_before ? window : limit);
   }

@@ -85,7 +85,7 @@ struct RunningRows {
 };
 
 // Turns the products of a tile into weights, and scales what was summed before to the new maximum. sLimit: of the
-// warp's rows, under the causal mask; kMaxRows behind it where their windows begin, with a rule.
+// warp's rows, under the causal mask; kMaxRows behind it, with a rule, minus the first key of their windows.
 template <class Warp, int kMaxRows, int kKeys>
 __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key,
                       const int32_t* sLimit, float scale, bool biased) {
@@ -104,26 +104,21 @@ __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>&
 #pragma unroll
         for (int i = 0; i < Warp::kRows; ++i) warp.score[i][j] *= scale;
     }
-    int32_t limit[Warp::kRows];
-#pragma unroll
-    for (int i = 0; i < Warp::kRows; ++i) limit[i] = tile.state >= TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
-#pragma unroll
-    for (int j = 0; j < Warp::kColumns; ++j) {
-      const int32_t n = tile.key[first_key + Warp::column(j)];
+    // NOTE: both tests by one loop, for registers again: n < window is ~n >= -window.
+#pragma unroll 1
+    for (int32_t flip = 0;; flip = -1) {
+      int32_t limit[Warp::kRows];
 #pragma unroll
       for (int i = 0; i < Warp::kRows; ++i)
-        if (n >= limit[i]) warp.score[i][j] = -kInfinity;
-    }
-    if (tile.state == TileState::kBanded) {
-#pragma unroll
-      for (int i = 0; i < Warp::kRows; ++i) limit[i] = sLimit[kMaxRows + Warp::row(i)];
+        limit[i] = tile.state >= TileState::kCausal ? sLimit[(flip & kMaxRows) + Warp::row(i)] : kAbsent;
 #pragma unroll
       for (int j = 0; j < Warp::kColumns; ++j) {
-        const int32_t n = tile.key[first_key + Warp::column(j)];
+        const int32_t n = tile.key[first_key + Warp::column(j)] ^ flip;
 #pragma unroll
         for (int i = 0; i < Warp::kRows; ++i)
-          if (n < limit[i]) warp.score[i][j] = -kInfinity;
+          if (n >= limit[i]) warp.score[i][j] = -kInfinity;
       }
+      if (tile.state != TileState::kBanded || flip != 0) break;
     }
     factor = 1.0f;
   }
@@ -201,7 +196,7 @@ __global__ void __maxnreg__(P::kRegisters)
     const int32_t row = min(static_cast<int32_t>(threadIdx.x), sTask.num_rows - 1);
     const int32_t query = sTask.place(p, plan, row).query;
     sLimit[threadIdx.x] = limit_of(p, query, sLists.length);
-    if (sLists.ruled) sLimit[P::kMaxRows + threadIdx.x] = sLists.window_of(query);
+    if (sLists.ruled) sLimit[P::kMaxRows + threadIdx.x] = -sLists.window_of(query);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

@@ -72,10 +72,11 @@ struct KeyLists {
   int32_t partial_tiles, masked_tiles;  // the latter with the columns
   Range tiles;                          // to be taken
   bool causal, unmasked;                // unmasked: tiles without a bias exist
+  int32_t banded_from, last_window;     // tiles within windows that differ; where the last query's begins
   bool ruled;                           // in place of lists:
   AttentionRule rule;
   RuleRanges ranges;
-  int32_t to_position, last_window;  // from a query's number to its position; the last query's window begins there
+  int32_t to_position;  // from a query's number
 
   // Of query block `block`: the tiles of part `part` of `parts`, for rows of queries [first_query, last_query].
   __device__ void open(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t block, int32_t first_query,
@@ -97,13 +98,16 @@ struct KeyLists {
     tiles = split_range(masked_tiles + full.count * block_tiles, parts, part);
     causal = p.causal;
     unmasked = p.key_bias == nullptr && p.scale >= 0.0f;
+    banded_from = INT_MAX;
+    last_window = 0;
     ruled = p.rule != nullptr;
     if (!ruled) return;
     const int32_t first_key = first_key_of(p, b);
-    rule = AttentionRule::read(p.rule + h * p.rule_stride_head);
+    rule = AttentionRule::read(p.rule + h * p.rule_stride_head, p.num_keys - first_key);
     to_position = length - p.num_queries - first_key;
     ranges.open(rule, first_query + to_position, last_query + to_position, first_key);
     last_window = window_of(last_query);
+    if (ranges.banded) banded_from = ranges.first_window() * kRangeTiles;
     masked_tiles = ranges.count() * kRangeTiles;
     tiles = split_range(masked_tiles, parts, part);
   }
@@ -121,7 +125,7 @@ struct KeyLists {
       const bool masked = number < masked_tiles;
       const uint32_t limit = masked ? last_limit : length;
       const int32_t seen_by_all = masked ? first_limit : kAbsent;
-      const bool banded = ruled && ranges.banded && ranges.in_window(number / kRangeTiles);
+      const bool banded = number >= banded_from;
       const int32_t seen_from = banded ? last_window : 0;
       bool any = false, whole = unmasked;
 #pragma unroll

@@ -47,14 +47,14 @@ inline int32_t first_key_of(const BlockSparseAttentionParams& p, int32_t b) {
   return p.starts_k == nullptr ? 0 : p.starts_k[b * p.starts_stride];
 }
 
-inline AttentionRule rule_of(const BlockSparseAttentionParams& p, int32_t h) {
-  return AttentionRule::read(p.rule + h * p.rule_stride_head);
+inline AttentionRule rule_of(const BlockSparseAttentionParams& p, int32_t b, int32_t h) {
+  return AttentionRule::read(p.rule + h * p.rule_stride_head, p.num_keys - first_key_of(p, b));
 }
 
 // With a rule: the key at which the window of a query begins.
 inline int32_t window_of(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t query, int32_t length) {
   const int32_t first_key = first_key_of(p, b);
-  return first_key + rule_of(p, h).window_start(query + length - p.num_queries - first_key);
+  return first_key + rule_of(p, b, h).window_start(query + length - p.num_queries - first_key);
 }
 
 inline RuleRanges rule_ranges(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
@@ -62,7 +62,7 @@ inline RuleRanges rule_ranges(const BlockSparseAttentionParams& p, int32_t b, in
   const int32_t first = row * p.block_q, last = std::min(first + p.block_q, p.num_queries) - 1;
   const int32_t to_position = length_of(p, b) - p.num_queries - first_key;
   RuleRanges ranges;
-  ranges.open(rule_of(p, h), first + to_position, last + to_position, first_key);
+  ranges.open(rule_of(p, b, h), first + to_position, last + to_position, first_key);
   return ranges;
 }
 
@@ -130,7 +130,7 @@ class KeyStream {
       const Range keys = rule_.keys(entry_);
       next_key_ = keys.begin;
       end_key_ = keys.end;
-      banded_ = rule_.banded && rule_.in_window(entry_);
+      banded_ = rule_.banded && entry_ >= rule_.first_window();
       return;
     }
     const auto& [partial, columns, full] = lists_;
