@@ -16,7 +16,7 @@ from vtkernels.attention import BlockLists, Rule, rules
 from vtkernels.testing.compare import assert_close, assert_same_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LONG = 2**31 - 1
 
 
@@ -66,7 +66,7 @@ def grid(rows, keys, sees):
     return torch.tensor([[j <= t and sees(t, j) for j in range(keys)] for t in range(first, keys)])
 
 
-SHAPES = [(1, 300), (3, 300), (140, 330)]
+SHAPES = [(1, 200), (3, 200), (70, 200)]
 
 
 @pytest.mark.parametrize(("rows", "keys"), SHAPES)
@@ -107,7 +107,7 @@ def test_moa(backend, random, rows, keys):
 @pytest.mark.parametrize("homogeneous", [False, True])
 def test_strided(backend, random, rows, keys, homogeneous):
     """S2-Attention keeps key block k of query block q if q - k < local or (k + h step + 1) is a multiple of stride."""
-    heads, stride, local = 2, 3, 2
+    heads, stride, local = 2, 3, 1
     step = 0 if homogeneous else max(1, stride // heads)
 
     def head(h):
@@ -159,20 +159,25 @@ def test_any_combination(backend, data):
     check(backend, inputs(random, rows, keys, 8, batch, heads, key_heads), rule_of(*rule), **options)
 
 
+@pytest.mark.parametrize("rule", [[5, 30, 1, 0, 0], [20, 2, 30, 3, 1]])
+def test_several_blocks_of_queries(backend, random, rule):
+    check(backend, inputs(random, 270, 300, 8, heads=1), rule_of(rule))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "depth"), [(1, 72), (5, 64), (6, 128), (70, 64), (20, 256)])
 def test_dtypes_and_head_dimensions(backend, random, rows, depth, dtype):
-    check(backend, inputs(random, rows, 200, depth, dtype=dtype), rule_of([5, 70, 1, 2, 1]))
+    check(backend, inputs(random, rows, 150, depth, heads=1, dtype=dtype), rule_of([5, 70, 1, 2, 1]))
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 20])
 def test_grouped_queries(backend, random, rows):
-    tensors = inputs(random, rows, 200, heads=8, key_heads=2)
+    tensors = inputs(random, rows, 150, heads=8, key_heads=2)
     check(backend, tensors, rule_of([3, 50, 1, 0, 0]))
     check(backend, tensors, rule_of(*[[3, 10 * h + 1, 1, 0, 0] for h in range(8)]))
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 30])
 def test_padding_on_the_left_moves_the_rule(backend, random, rows):
     """Each batch item is what it is without its padding, whatever stands there."""
     tensors, starts = inputs(random, rows, 200, batch=2), torch.tensor([0, 90], dtype=torch.int32)
@@ -187,7 +192,7 @@ def test_padding_on_the_left_moves_the_rule(backend, random, rows):
         torch.testing.assert_close(lse[b : b + 1].cpu().double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("rows", [2, 20])
 def test_queries_without_a_key(backend, random, rows):
     tensors, rule = inputs(random, rows, 70), rule_of([3, 5, 1, 0, 0])
     for options in (
@@ -202,7 +207,7 @@ def test_queries_without_a_key(backend, random, rows):
     assert (lse[:, :, :-1] == -math.inf).all() and torch.isfinite(lse[:, :, -1]).all()
 
 
-@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("rows", [1, 70])
 def test_keys_that_no_query_sees_are_not_read(backend, random, rows):
     query, key, value = inputs(random, rows, 400)
     rule = rule_of([10, 30, 1, 4, 0])  # blocks 3, 7, ...
@@ -213,7 +218,7 @@ def test_keys_that_no_query_sees_are_not_read(backend, random, rows):
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("rows", [1, 130])
+@pytest.mark.parametrize("rows", [1, 140])
 def test_equals_block_lists_on_equal_masks(backend, random, rows):
     """MoA's blocks are lists of blocks where the queries' blocks line up with the keys'."""
     keys = 64 * 6 if rows == 1 else rows
@@ -229,10 +234,10 @@ def test_equals_block_lists_on_equal_masks(backend, random, rows):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 150])
+@pytest.mark.parametrize("rows", [1, 30])
 def test_a_rule_that_sees_everything_is_causal_attention(backend, random, rows):
-    tensors = inputs(random, rows, 300, 64, batch=2)
-    mask = torch.ones(rows, 300, dtype=torch.bool).tril(300 - rows)
+    tensors = inputs(random, rows, 150, 32)
+    mask = torch.ones(rows, 150, dtype=torch.bool).tril(150 - rows)
     dense = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask)
     for rule in ([LONG, 1, 1, 0, 0], [0, LONG, LONG, 0, 0], [0, 1, LONG, 0, 0], [0, 1, 1, 1, 0], [3, 300, 1, 7, LONG]):
         out, _ = run(backend, tensors, rule_of(rule))

@@ -100,6 +100,7 @@ struct KeyLists {
     unmasked = p.key_bias == nullptr && p.scale >= 0.0f;
     banded_from = INT_MAX;
     last_window = 0;
+    ranges = {};  // compilers read some of it before they test whether there is a rule
     ruled = p.rule != nullptr;
     if (!ruled) return;
     const int32_t first_key = first_key_of(p, b);
@@ -158,8 +159,8 @@ struct KeyLists {
   __device__ uint32_t key_at(int32_t number, int32_t i) const {
     if (ruled) {
       const Range keys = ranges.keys(number / kRangeTiles);
-      const int32_t n = keys.begin + number % kRangeTiles * kKeys + i;
-      return n < keys.end ? n : UINT_MAX;
+      const uint32_t n = keys.begin + number % kRangeTiles * kKeys + i;
+      return n < static_cast<uint32_t>(keys.end) ? n : UINT_MAX;
     }
     if (number >= partial_tiles && number < masked_tiles) {
       const int32_t column = (number - partial_tiles) * kKeys + i;
