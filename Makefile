@@ -34,7 +34,7 @@ lint: $(VENV)/.installed
 
 # NOTE: --no-build-isolation builds against the torch just installed; an isolated build would download another one.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	CMAKE_ARGS="-DVTK_WERROR=ON -DVTK_SIMT=ON $(CMAKE_ARGS)" $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	CMAKE_ARGS="-DVTK_WERROR=ON -DVTK_SIMT=ON -DVTK_SANITIZE=ON $(CMAKE_ARGS)" $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	$(BIN)/vtk env
 	touch $@
 

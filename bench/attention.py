@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from bench.harness import Case
 from vtkernels.attention import BlockLists, Rule, dense, from_blocks
 
-OPS = ["block_sparse_attention", "rule_attention"]
+OPS = ["block_sparse_attention", "block_sparse_attention_backward", "rule_attention"]
 BLOCK = 128
 SINK, WINDOW = 64, 1024
 
@@ -106,6 +106,44 @@ def decode_case(device: torch.device) -> Case:
     )
 
 
+def training_case(depth: int, dtype: torch.dtype, density: float, target: dict, device: torch.device) -> Case:
+    """Forward and backward."""
+    heads, key_heads, length = 8, 2, 4096
+    inputs = [x.requires_grad_() for x in tensors((heads, key_heads, length, length, depth), dtype, device)]
+    grad_out = torch.randn(inputs[0].shape, generator=torch.Generator(device).manual_seed(2), device=device).to(dtype)
+    all_blocks = density == 1.0
+    lists = (
+        dense(length, length, causal=True, device=device)
+        if all_blocks
+        else causal_lists(length // BLOCK, heads, density, device)
+    )
+
+    def ours() -> object:
+        return torch.autograd.grad(lists.attend(*inputs)[0], inputs, grad_out)
+
+    def sdpa() -> object:
+        out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out, inputs, grad_out)
+
+    def check(ours: object, peer: object) -> None:
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        if all_blocks:  # dense attention computes something else than sparse lists
+            torch.testing.assert_close(ours, peer, rtol=tolerance, atol=tolerance)
+
+    query, key, _ = inputs
+    return Case(
+        "block_sparse_attention_backward",
+        f"training S{length} H{heads}/{key_heads} D{depth} {str(dtype).removeprefix('torch.')} causal "
+        f"{density:.0%} of blocks",
+        ours,
+        {"sdpa dense": lambda: sdpa},
+        check,
+        bytes=4 * key.nbytes + 4 * query.nbytes,
+        flops=int((2 + 5) * heads * length * (length + 1) * depth * density),
+        target=target,
+    )
+
+
 def streaming_case(rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> Case:
     """Sinks and a sliding window, token by token. The peers' masks are made before the clock runs."""
     heads, key_heads, depth, before = 32 if rows == 1 else 8, 8 if rows == 1 else 2, 128, keys - rows
@@ -146,6 +184,9 @@ def cases(device: torch.device) -> Iterator[Case]:
         for depth in (64, 128):
             for density, goal in goals.items():
                 yield prefill_case(depth, dtype, density, {"sdpa dense": goal[index], "flex": 1.5}, device)
+    for depth in (64, 128):
+        for density, goal in {1.0: 1.0, 0.25: 3.5}.items():
+            yield training_case(depth, torch.float32, density, {"sdpa dense": goal}, device)
     yield decode_case(device)
     for dtype in (torch.float32, torch.bfloat16):
         yield streaming_case(4096, 4096, dtype, device)

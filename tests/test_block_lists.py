@@ -80,11 +80,14 @@ def both(b, h, q, k):
 
 
 @pytest.mark.parametrize("mask_mod", [causal_mod, every_other_block, both])
-@pytest.mark.parametrize("length", [256, 300])
-def test_a_block_mask_gives_flex_attentions_output(random, mask_mod, length):
+@pytest.mark.parametrize(
+    ("length", "block_size"), [(256, (128, 128)), (300, (128, 128)), (300, (64, 128)), (150, (128, 64))]
+)
+def test_a_block_mask_gives_flex_attentions_output(random, mask_mod, length, block_size):
     tensors = qkv(random, length, length)
-    block_mask = create_block_mask(mask_mod, 2, 3, length, length, device="cpu")
+    block_mask = create_block_mask(mask_mod, 2, 3, length, length, device="cpu", BLOCK_SIZE=block_size)
     made = lists.from_block_mask(block_mask)
+    assert (made.block_q, made.block_k) == block_size
     assert made.causal == (mask_mod is not every_other_block)
     out, lse = made.attend(*tensors)
     expected, aux = flex_attention(*tensors, block_mask=block_mask, return_aux=AuxRequest(lse=True))

@@ -10,29 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vtkernels
+from tests.attention_data import all_blocks, inputs, lists
+from tests.covering import pairwise
 from tests.reference import block_sparse_attention as reference
 from vtkernels.testing.compare import assert_close, assert_same_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def inputs(random, rows, keys, depth=16, batch=1, heads=2, key_heads=None, dtype=torch.float32):
-    shapes = [(heads, rows), (key_heads or heads, keys), (key_heads or heads, keys)]
-    return [torch.randn(batch, h, n, depth, generator=random).to(dtype) for h, n in shapes]
-
-
-def lists(random, rows, limit, block_q=64, batch=1, heads=1, density=0.6):
-    """Random lists in random order: counts [batch, heads, Mq] and indices [batch, heads, Mq, limit]."""
-    chosen = torch.rand(batch, heads, -(-rows // block_q), limit, generator=random)
-    counts = (chosen < density).sum(-1).int()
-    return counts, chosen.argsort(-1).int()
-
-
-def all_blocks(rows, keys, block_q=64, block_k=64):
-    down, across = -(-rows // block_q), -(-keys // block_k)
-    counts = torch.full((1, 1, down), across, dtype=torch.int32)
-    return counts, torch.arange(across, dtype=torch.int32).expand(1, 1, down, across)
 
 
 def run(backend, tensors, **options):
@@ -83,6 +67,37 @@ def test_grouped_queries(backend, random, rows, group):
         check(backend, *tensors, counts, indices)
 
 
+@pytest.mark.parametrize(
+    ("depth", "dtype", "kind", "own_lists", "group", "sizes"),
+    pairwise(
+        [64, 72, 80, 96, 128, 256],
+        FLOATS,
+        ["partial", "full", "columns", "token_offsets"],
+        [False, True],
+        [1, 2, 4],
+        [(3, 70), (66, 66), (70, 20)],
+    ),
+)
+def test_pairs_of_options_under_the_causal_mask(backend, random, depth, dtype, kind, own_lists, group, sizes):
+    rows, keys = sizes
+    heads = max(group, 2)
+    tensors = inputs(random, rows, keys, depth, heads=heads, key_heads=heads // group, dtype=dtype)
+
+    def some(limit, density):
+        return lists(random, rows, limit, heads=heads if own_lists else 1, density=density)
+
+    counts, indices = some(-(-keys // 64), 0.6)
+    options = {}
+    if kind == "full":
+        options["full_counts"], options["full_indices"] = some(-(-keys // 64), 0.6)
+    elif kind == "columns":
+        options["column_counts"], options["column_indices"] = some(keys, 0.3)
+    elif kind == "token_offsets":
+        counts, indices = some(keys, 3 / keys)
+        options["token_offsets"] = True
+    check(backend, *tensors, counts, indices, causal=True, **options)
+
+
 @QUICK
 @given(data=st.data())
 def test_any_combination(backend, data):
@@ -123,22 +138,57 @@ def test_all_blocks_are_dense_attention(backend, random, rows, causal):
     torch.testing.assert_close(out.cpu(), dense, rtol=2e-5, atol=2e-5)
 
 
-def test_the_order_of_a_list_does_not_matter(backend, random):
-    tensors = inputs(random, 64, 256)
-    counts, indices = all_blocks(64, 256)
-    forward, lse = run(backend, (*tensors, counts, indices), block_q=64, block_k=64)
-    backward, other = run(backend, (*tensors, counts, indices.flip(-1).contiguous()), block_q=64, block_k=64)
-    torch.testing.assert_close(forward, backward, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, other, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("rows", [3, 64])
+def test_the_order_of_a_list_changes_no_more_than_rounding(backend, random, rows):
+    tensors = inputs(random, rows, 150)
+    counts, indices = all_blocks(rows, 150)
+    columns = torch.randperm(150, generator=random).int().expand(1, 1, -(-rows // 64), -1)
+    column_counts = torch.full_like(counts, 100)
+    listed = [counts, indices, counts, indices, column_counts, columns[..., :100].contiguous()]
+    results = []
+    for turned in (False, True):
+        turn = [x.flip(-1).contiguous() if turned and x.dim() == 4 else x for x in listed]
+        names = ("full_counts", "full_indices", "column_counts", "column_indices")
+        options = dict(zip(names, turn[2:], strict=True))
+        results.append(run(backend, (*tensors, *turn[:2]), block_q=64, block_k=64, causal=True, **options))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
 
 
-def test_a_key_listed_twice_counts_twice(backend, random):
-    tensors = inputs(random, 3, 64)
-    counts, indices = torch.full((1, 1, 1), 2, dtype=torch.int32), torch.zeros(1, 1, 1, 2, dtype=torch.int32)
-    twice, lse = run(backend, (*tensors, counts, indices), block_q=64, block_k=64)
-    once, single = run(backend, (*tensors, counts - 1, indices), block_q=64, block_k=64)
-    torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, single + math.log(2), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("again", ["block", "full", "column", "offset"])
+@pytest.mark.parametrize("rows", [3, 30])
+def test_a_key_listed_twice_counts_twice(backend, random, rows, again):
+    tensors = inputs(random, rows, 64)
+    once = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 2, dtype=torch.int32)
+    twice, options = once, {}
+    if again == "full":
+        options["full_counts"], options["full_indices"] = once
+    elif again == "column":
+        keys = torch.arange(64, dtype=torch.int32).expand(1, 1, 1, 64)
+        options["column_counts"], options["column_indices"] = once[0] * 64, keys
+    else:
+        twice, options = (once[0] * 2, once[1]), {"token_offsets": again == "offset"}
+    out, lse = run(backend, (*tensors, *twice), block_q=64, block_k=64, **options)
+    single, single_lse = run(backend, (*tensors, *once), block_q=64, block_k=64)
+    torch.testing.assert_close(out, single, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, single_lse + math.log(2), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_scores_from_lse_are_columns_of_the_softmax(backend, random, rows):
+    """attention_scores reads what a key receives from q, k and the lse of this pass."""
+    query, key, value = inputs(random, rows, 130, heads=4, key_heads=2)
+    on_device = backend.put(query, key)
+    _, lse = run(backend, (query, key, value, *all_blocks(rows, 130)), block_q=64, block_k=64, causal=True)
+    logits = query.double() @ key.double().repeat_interleave(2, 1).mT / 4
+    seen = torch.ones(rows, 130, dtype=torch.bool).tril(130 - rows)
+    softmax = logits.masked_fill(~seen, -math.inf).softmax(-1)
+    scores = backend.ops.attention_scores(*on_device, lse=lse, causal=True, head_reduce="none")
+    torch.testing.assert_close(scores.cpu().double(), softmax.mean(2), rtol=1e-4, atol=1e-6)
+    # A pruning method asks what the last query gives to a span of keys.
+    last, span = on_device[0][:, :, -1:], on_device[1][:, :, 20:90]
+    scores = backend.ops.attention_scores(last, span, lse=lse[:, :, -1:], head_reduce="none")
+    torch.testing.assert_close(scores.cpu().double(), softmax[:, :, -1, 20:90], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [2, 30])
@@ -232,14 +282,6 @@ def test_compiles_whole(random):
         assert_same_bits(a, b)
 
 
-def test_a_backward_pass_says_that_there_is_none(random):
-    query, key, value = (x.requires_grad_() for x in inputs(random, 9, 70))
-    out, lse = vtkernels.block_sparse_attention(query, key, value, *all_blocks(9, 70), block_q=64, block_k=64)
-    assert out.requires_grad and lse.requires_grad
-    with pytest.raises(NotImplementedError, match="block_sparse_attention: there is no backward pass yet"):
-        out.sum().backward()
-
-
 Q, K = torch.zeros(2, 4, 9, 8), torch.zeros(2, 2, 70, 8)
 COUNTS, INDICES = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 2, dtype=torch.int32)
 
@@ -255,6 +297,8 @@ COUNTS, INDICES = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 2
         (lambda op: op(Q, K, K[:, :, :60], COUNTS, INDICES), r"value.shape = key.shape = .* got \[2, 2, 60, 8\]"),
         (lambda op: op(Q.mT, K, K, COUNTS, INDICES), r"query with a contiguous last dimension"),
         (lambda op: op(torch.zeros(1, 1, 1, 257), K, K, COUNTS, INDICES), r"query with D from 1 to 256"),
+        (lambda op: op(torch.zeros(1, 1, 1, 0), K, K, COUNTS, INDICES), r"query with D from 1 to 256"),
+        (lambda op: op(Q, K, K, COUNTS, INDICES.long()), r"block_indices of dtype int32, got int64"),
         (lambda op: op(Q, K, K, COUNTS, INDICES, block_q=32), r"block_q to be 64 or 128, got 32"),
         (lambda op: op(Q, K, K, COUNTS, INDICES, block_k=256), r"block_k to be 64 or 128, got 256"),
         (lambda op: op(Q, K, K, COUNTS.long(), INDICES), r"block_counts of dtype int32, got int64"),
@@ -271,6 +315,44 @@ def test_errors(backend, call, message):
         pytest.skip("the checks are compiled from the same source; CPU tensors reach them")
     with pytest.raises(RuntimeError, match="vtk(_simt)?::block_sparse_attention.*" + message):
         call(backend.ops.block_sparse_attention)
+
+
+@pytest.mark.parametrize("moved", ["key", "block_counts", "block_indices", "key_bias", "seqlens_k"])
+def test_tensors_of_another_device(backend, moved):
+    if backend.name != "cuda":
+        pytest.skip("there is one device")
+    given = {"query": Q, "key": K, "value": K, "block_counts": COUNTS, "block_indices": INDICES}
+    given |= {"key_bias": torch.zeros(2, 70), "seqlens_k": torch.ones(2, dtype=torch.int32)}
+    with pytest.raises(RuntimeError, match=f"vtk::block_sparse_attention: expected {moved} on the device of query"):
+        backend.ops.block_sparse_attention(**{n: t if n == moved else backend.put(t) for n, t in given.items()})
+
+
+@pytest.mark.parametrize("token_offsets", [False, True])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_as_many_keys_as_numbers_allow(backend, random, rows, token_offsets):
+    """Keys that share one row of memory: no sum of key numbers may leave 32 bits."""
+    keys = 2**31 - 128
+    query, key, value = (backend.put(x) for x in inputs(random, rows, 1, 8, heads=1))
+    last = keys - 1 if token_offsets else -(-keys // 128) - 1
+    given = {
+        "block_counts": torch.full((1, 1, 1), 2, dtype=torch.int32),
+        "block_indices": torch.tensor([0, last], dtype=torch.int32).expand(1, 1, 1, 2),
+        "column_counts": torch.ones(1, 1, 1, dtype=torch.int32),
+        "column_indices": torch.full((1, 1, 1, 1), keys - 1, dtype=torch.int32),
+    }
+
+    def call(keys):
+        many = (x.expand(1, 1, keys, 8) for x in (key, value))
+        options = {n: backend.put(t) for n, t in given.items()} | {"causal": True, "token_offsets": token_offsets}
+        return backend.ops.block_sparse_attention(query, *many, **options)
+
+    out, lse = call(keys)
+    torch.testing.assert_close(out, value.expand(1, 1, rows, 8), rtol=1e-5, atol=1e-5)
+    listed = 128 + (1 if token_offsets else keys - 128 * last) + 1
+    expected = (query @ key.mT)[..., 0] / 8**0.5 + math.log(listed)
+    torch.testing.assert_close(lse[..., -1], expected[..., -1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=f"expected key with at most {keys} rows, got {keys + 1}"):
+        call(keys + 1)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,13 @@ namespace {
 using OptTensor = std::optional<Tensor>;
 constexpr int64_t kMaxHeadDim = 256;
 
+// Kernels round a row count up to whole blocks, in 32 bits.
+inline int32_t check_rows(const char* op, const char* name, int64_t rows) {
+  constexpr int64_t kMostRows = INT32_MAX - 127;
+  VTK_CHECK(op, rows <= kMostRows, "expected ", name, " with at most ", kMostRows, " rows, got ", rows);
+  return static_cast<int32_t>(rows);
+}
+
 inline HeadsView heads_view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 inline void set_query(const char* op, BlockSparseAttentionParams& p, const Tensor& query) {
@@ -22,7 +29,7 @@ inline void set_query(const char* op, BlockSparseAttentionParams& p, const Tenso
   check_contiguous_last(op, "query", query);
   p.batch = check_count(op, "batch size", query.size(0));
   p.num_heads = check_count(op, "query head count", query.size(1));
-  p.num_queries = check_count(op, "query row count", query.size(2));
+  p.num_queries = check_rows(op, "query", query.size(2));
   VTK_CHECK(op, query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, "expected query with D from 1 to ", kMaxHeadDim,
             ", got ", shape_text(query));
   p.head_dim = static_cast<int32_t>(query.size(3));
@@ -49,7 +56,7 @@ inline void set_key_value(const char* op, BlockSparseAttentionParams& p, const T
             shape_text(key));
   check_shape(op, "value", value, "key.shape = [B, Hk, N, D]", {key.size(0), key.size(1), key.size(2), key.size(3)});
   p.key_heads = static_cast<int32_t>(key.size(1));
-  p.num_keys = check_count(op, "key count", key.size(2));
+  p.num_keys = check_rows(op, "key", key.size(2));
   p.key = heads_view(key);
   p.value = heads_view(value);
 }

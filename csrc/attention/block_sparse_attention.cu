@@ -19,33 +19,10 @@
 //   lost    (by ptxas) lists, task and causal limits in registers, or masks that load keys and bias together: 20 to
 //           80 bytes of spills at 168 registers (D 128, 12 warps resident). Not timed on a GPU yet.
 #include "attention/block_sparse_plan.cuh"
+#include "attention/block_sparse_rows.cuh"
 
 namespace vtk {
 namespace {
-
-// Elements [d, d + 16 bytes) of a row to shared memory; zeros beyond D, and where there is no row (null).
-template <bool kAligned, class T>
-__device__ void copy_vector(unsigned char* to, const T* row, const T* readable, int32_t d, int32_t depth) {
-  const bool present = row != nullptr && d < depth;
-  if constexpr (kAligned) {
-    ptx::cp_async_16(to, present ? row + d : readable, present);
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i)
-      reinterpret_cast<T*>(to)[i] = present && d + i < depth ? row[d + i] : T(0.0f);
-  }
-}
-
-// copy(row, offset of 16 bytes in a tile, their first element) over a tile, by all threads of the block.
-template <class P, int kUnroll, class Copy>
-__device__ void for_each_vector(int rows, const Copy& copy) {
-  constexpr int kLanes = power_of_two_from(P::kVectors);
-  const int vector = threadIdx.x % kLanes;
-  if (vector >= P::kVectors) return;
-#pragma unroll kUnroll
-  for (int row = threadIdx.x / kLanes; row < rows; row += blockDim.x / kLanes)
-    copy(row, row * P::kRowBytes + vector * 16, vector * P::kElements);
-}
 
 // The rows of Q; zeros beyond the block's.
 template <class P, bool kAligned>
@@ -66,15 +43,9 @@ template <class P, bool kAligned>
 __device__ void copy_tile(const BlockSparseAttentionParams& p, const KeyTile<P::kKeys>& tile, const Task& task,
                           unsigned char* sK) {
   using T = typename P::T;
-  const T *gK = static_cast<const T*>(task.key), *gV = static_cast<const T*>(task.value);
-  for_each_vector<P, kAligned ? 4 : 1>(P::kKeys, [&](int row, int offset, int d) {
-    const int64_t n = tile.key[row];
-    const bool listed = n != kAbsent;
-    copy_vector<kAligned>(sK + offset, listed ? gK + n * p.key.stride_row : nullptr, gK, d, p.head_dim);
-    copy_vector<kAligned>(sK + P::kTileBytes + offset, listed ? gV + n * p.value.stride_row : nullptr, gV, d,
-                          p.head_dim);
-  });
-  ptx::cp_async_commit();
+  const HeadPair<T> keys = {static_cast<const T*>(task.key), static_cast<const T*>(task.value), p.key.stride_row,
+                            p.value.stride_row};
+  copy_pair<P, kAligned, 4>(keys, p.head_dim, P::kKeys, sK, P::kTileBytes, [&](int row) { return tile.key[row]; });
 }
 
 // The running softmax of a lane's rows. Sums are those of the lane's keys.
@@ -141,23 +112,6 @@ __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>&
     rows.most[i] = best;
 #pragma unroll
     for (int c = 0; c < Warp::kChannels; ++c) warp.out[i][c] *= correct;
-  }
-}
-
-// Stores kCount channels, of which `left` exist; aligned: all of them do, at a multiple of 16 bytes.
-template <class T, int kCount>
-__device__ void store_channels(T* to, const float (&x)[kCount], int32_t left, bool aligned) {
-  if (aligned) {
-    __align__(16) T y[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) y[i] = from_float<T>(x[i]);
-#pragma unroll
-    for (int i = 0; i < kCount * static_cast<int>(sizeof(T)) / 16; ++i)
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(y)[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (i < left) to[i] = from_float<T>(x[i]);
   }
 }
 

@@ -3,68 +3,23 @@
 // out_i = sum over listed n of softmax_n(scale q_i k_n + bias_n) v_n, logits in powers of two, online softmax
 //
 // A task is a block of queries of one head (block_sparse_many_rows.h), or, for up to kFewRows rows, a part of the lists
-// of one key head (block_sparse_few_rows.h). Tasks are taken from a counter, those with the longest lists first: causal
-// lists differ in length by the number of blocks. Which thread runs a task changes no bit of it.
-// Bound: 4 D multiply-adds a listed pair for many rows; reading K and V once for few.
+// of one key head (block_sparse_few_rows.h). Causal lists differ in length by the number of blocks:
+// block_sparse_tasks.h takes the longest first. Bound: 4 D multiply-adds a listed pair for many rows; reading K and V
+// once for few.
 #include "attention/block_sparse_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "attention/block_sparse_few_rows.h"
 #include "attention/block_sparse_many_rows.h"
-#include "common/parallel.h"
+#include "attention/block_sparse_tasks.h"
 
 namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int64_t kMinThreadWork = 1 << 16;  // multiply-adds that pay for a fork
-constexpr int32_t kPartKeys = 2048;          // keys of a part of a long list
-
-// Runs body(worker, task) for every task, in order, on as many threads as pay.
-template <class MakeWorker, class Body>
-void run_tasks(int64_t tasks, int64_t work, const MakeWorker& make_worker, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(std::min<int64_t>(num_threads(), tasks), work / kMinThreadWork + 1);
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    auto worker = make_worker();
-    for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
-  });
-}
-
-struct QueryBlock {
-  int32_t b, h, row;
-  int64_t keys;  // listed, at most
-};
-
-int64_t keys_listed(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
-  if (p.rule != nullptr) return rule_ranges(p, b, h, row).num_keys();
-  const int32_t blocks = list_of(p.partial, b, h, row).count, full = list_of(p.full, b, h, row).count;
-  const int32_t last = std::min((row + 1) * p.block_q, p.num_queries) - 1;
-  const int32_t seen = std::max(0, limit_of(p, last, length_of(p, b)));
-  return std::min<int64_t>(int64_t{blocks} * p.block_k, seen) + int64_t{full} * p.block_k +
-         list_of(p.columns, b, h, row).count;
-}
-
-template <class T>
-void attend_many_rows(const BlockSparseAttentionParams& p) {
-  std::vector<QueryBlock> blocks;
-  int64_t keys = 0;
-  for (int32_t b = 0; b < p.batch; ++b)
-    for (int32_t h = 0; h < p.num_heads; ++h)
-      for (int32_t row = 0; row < ceil_div(p.num_queries, p.block_q); ++row) {
-        blocks.push_back({b, h, row, keys_listed(p, b, h, row)});
-        keys += blocks.back().keys;
-      }
-  std::stable_sort(blocks.begin(), blocks.end(),
-                   [](const QueryBlock& x, const QueryBlock& y) { return x.keys > y.keys; });
-  run_tasks(
-      static_cast<int64_t>(blocks.size()), keys * std::min(p.block_q, p.num_queries) * p.head_dim,
-      [&] { return ManyRows<T>(p); },
-      [&](ManyRows<T>& worker, int64_t i) { worker.run(blocks[i].b, blocks[i].h, blocks[i].row); });
-}
+constexpr int32_t kPartKeys = 2048;  // keys of a part of a long list
 
 // Heads of one key head may be rows of one task when one list, or one rule, serves them all.
 int32_t heads_of_a_task(const BlockSparseAttentionParams& p) {
@@ -87,7 +42,7 @@ void attend_few_rows(const BlockSparseAttentionParams& p) {
   for (int32_t b = 0; b < p.batch; ++b)
     for (int32_t h = 0; h < p.num_heads; h += group) {
       first_part.push_back(static_cast<int64_t>(parts.size()));
-      const int32_t entries = KeyStream::num_entries(p, b, h, 0);
+      const int32_t entries = Entries(p, b, h, 0).count();
       const int64_t listed = keys_listed(p, b, h, 0);
       const int32_t count = static_cast<int32_t>(std::clamp<int64_t>(listed / kPartKeys, 1, std::max(entries, 1)));
       for (int32_t part = 0; part < count; ++part) {
@@ -109,7 +64,7 @@ void attend_few_rows(const BlockSparseAttentionParams& p) {
         worker.run(parts[i].b, parts[i].h, parts[i].begin, parts[i].end, partial[i]);
       });
 
-  Scratch<float> merged = scratch<float>(padded);
+  Scratch<float> merged = scratch<float>(2 * padded);
   for (size_t task = 0; task + 1 < first_part.size(); ++task) {
     const Part& part = parts[first_part[task]];
     for (int32_t r = 0; r < rows; ++r) {
@@ -126,7 +81,7 @@ void attend(const BlockSparseAttentionParams& p) {
   if (p.num_queries * heads_of_a_task(p) <= kFewRows)
     attend_few_rows<T>(p);
   else
-    attend_many_rows<T>(p);
+    run_query_blocks(p, [&] { return ManyRows<T>(p); });
 }
 
 }  // namespace

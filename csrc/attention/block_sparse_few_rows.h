@@ -11,65 +11,101 @@ namespace vtk {
 namespace VTK_ISA {
 namespace {
 
-constexpr int kFewRows = 5;  // accumulators of two keys that fit 16 registers; more rows go into lanes
-constexpr int kLine = 64;    // bytes
+constexpr int kFewRows = 5;          // accumulators of two keys that fit 16 registers; more rows go into lanes
+constexpr int kLine = 64;            // bytes
+constexpr int kToL1 = 3, kToL2 = 2;  // of __builtin_prefetch
 
-// lanes[row * kTileKeys + i], summed over its lanes, is rows[row] . key i, for two keys; rows are zero-padded to whole
-// vectors.
-template <int kRows, class T>
-void multiply_pair(const float* rows, int32_t padded, const T* const* keys, int32_t depth, f32v* lanes) {
-  f32v sum[kRows][2] = {};
-  int32_t d = 0;
-  for (; d + kLanes <= depth; d += kLanes) {
-    const f32v first = load(keys[0] + d), second = load(keys[1] + d);
-#pragma GCC unroll 5
-    for (int r = 0; r < kRows; ++r) {
-      const f32v row = load(rows + r * padded + d);
-      sum[r][0] += row * first;
-      sum[r][1] += row * second;
-    }
-  }
-  if (d < depth) {
-    const f32v first = load_partial(keys[0] + d, depth - d), second = load_partial(keys[1] + d, depth - d);
-#pragma GCC unroll 5
-    for (int r = 0; r < kRows; ++r) {
-      const f32v row = load(rows + r * padded + d);
-      sum[r][0] += row * first;
-      sum[r][1] += row * second;
-    }
-  }
-#pragma GCC unroll 5
-  for (int r = 0; r < kRows; ++r) {
-    lanes[r * kTileKeys] = sum[r][0];
-    lanes[r * kTileKeys + 1] = sum[r][1];
-  }
+// Keys and vectors of channels of a register tile, by rows: about 8 accumulators cover the latency of two FMA units.
+constexpr int kKeysOf[kFewRows + 1] = {0, 8, 4, 3, 2, 2};
+constexpr int kVectorsOf[kFewRows + 1] = {0, 8, 4, 4, 2, 2};
+
+// Where channel d of a row lies among floats: pairs of vectors are dealt.
+template <class T>
+int32_t place(int32_t d, int32_t depth) {
+  constexpr int32_t kPair = 2 * kLanes;
+  return d < depth / kPair * kPair ? d / kPair * kPair + dealt_lane<T>(d % kPair) : d;
 }
 
-// out[row][D] = out * correct[row] + sum of weights[row * kTileKeys + i] * value i, over whole vectors of channels and
-// the last, partial one.
+// Rows that will be read soon, asked for one by one: prefetchers of the processor stop at every page.
+template <class T>
+struct RowsAhead {
+  const T* const* row;
+  const T* const* end;
+  int32_t depth;
+
+  template <int kLocality>
+  void fetch() {
+    if (row == end) return;
+    for (int32_t d = 0; d < depth; d += kLine / static_cast<int32_t>(sizeof(T)))
+      __builtin_prefetch(*row + d, 0, kLocality);
+    ++row;
+  }
+};
+
+// lanes[row * kTileKeys + i], summed over its lanes, is rows[row] . key i, for kKeysOf[kRows] keys; rows are dealt and
+// zero-padded to whole vectors.
+template <int kRows, class T>
+void multiply_keys(const float* rows, int32_t padded, const T* const* keys, int32_t depth, f32v* lanes) {
+  constexpr int kKeys = kKeysOf[kRows];
+  f32v sum[kRows][kKeys] = {};
+  int32_t d = 0;
+  for (; d + 2 * kLanes <= depth; d += 2 * kLanes) {
+    f32v key[kKeys][2];
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) load_dealt(keys[k] + d, key[k][0], key[k][1]);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v)
+#pragma GCC unroll 5
+      for (int r = 0; r < kRows; ++r) {
+        const f32v row = load(rows + r * padded + d + v * kLanes);
+#pragma GCC unroll 8
+        for (int k = 0; k < kKeys; ++k) sum[r][k] += row * key[k][v];
+      }
+  }
+  for (; d < depth; d += kLanes) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) {
+      const f32v key = d + kLanes <= depth ? load(keys[k] + d) : load_partial(keys[k] + d, depth - d);
+#pragma GCC unroll 5
+      for (int r = 0; r < kRows; ++r) sum[r][k] += load(rows + r * padded + d) * key;
+    }
+  }
+#pragma GCC unroll 5
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) lanes[r * kTileKeys + k] = sum[r][k];
+}
+
+// out[row][D] = out * correct[row] + sum of weights[row * kTileKeys + i] * value i, over kVectors vectors of channels;
+// one vector may be partial. Every so many values a row ahead is fetched.
 template <int kRows, int kVectors, class T>
-void accumulate_values(const T* const* values, int32_t count, const float* weights, const float* correct,
-                       int32_t channel, int32_t width, int32_t padded, float* out) {
+void accumulate_values(const T* const* values, RowsAhead<T>& ahead, int32_t every, int32_t count, const float* weights,
+                       const float* correct, int32_t width, int32_t channel, int32_t padded, float* out) {
   f32v sum[kRows][kVectors];
 #pragma GCC unroll 5
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * padded + channel + v * kLanes) * correct[r];
-  for (int32_t i = 0; i < count; ++i) {
-    f32v value[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const T* from = values[i] + channel + v * kLanes;
-      value[v] = width == kVectors * kLanes ? load(from) : load_partial(from, width);
-    }
+  for (int32_t i = 0; i < count;) {
+    ahead.template fetch<kToL1>();
+    for (const int32_t end = std::min(count, i + every); i < end; ++i) {
+      const T* from = values[i] + channel;
+      f32v value[kVectors];
+      if constexpr (kVectors == 1) {
+        value[0] = width == kLanes ? load(from) : load_partial(from, width);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v += 2) load_dealt(from + v * kLanes, value[v], value[v + 1]);
+      }
 #pragma GCC unroll 5
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += weights[r * kTileKeys + i] * value[v];
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += weights[r * kTileKeys + i] * value[v];
+    }
   }
 #pragma GCC unroll 5
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(out + r * padded + channel + v * kLanes, sum[r][v]);
 }
 
@@ -103,18 +139,37 @@ class FewRows {
     std::fill_n(out.most, rows_, -kInfinity);
     std::fill_n(out.sum, rows_, 0.0f);
     KeyStream keys(p, b, h, 0, p.num_queries - 1, begin, end);
-    while (keys.next(tile_)) {
+    Tile *now = &tiles_[0], *next = &tiles_[1];
+    for (bool more = load_tile(keys, *now); more; std::swap(now, next)) {
+      more = load_tile(keys, *next);
+      const Tile& ahead = more ? *next : *now;
       switch (rows_) {
-        case 1: attend<1>(out); break;
-        case 2: attend<2>(out); break;
-        case 3: attend<3>(out); break;
-        case 4: attend<4>(out); break;
-        default: attend<5>(out); break;
+        case 1: attend<1>(*now, ahead, out); break;
+        case 2: attend<2>(*now, ahead, out); break;
+        case 3: attend<3>(*now, ahead, out); break;
+        case 4: attend<4>(*now, ahead, out); break;
+        default: attend<5>(*now, ahead, out); break;
       }
     }
   }
 
  private:
+  struct Tile {
+    KeyTile keys;
+    const T *key[kTileKeys], *value[kTileKeys];  // the last one repeats
+  };
+
+  bool load_tile(KeyStream& keys, Tile& tile) const {
+    if (!keys.next(tile.keys)) return false;
+    const int32_t key_head = h_ / (p.num_heads / p.key_heads);
+    for (int32_t i = 0; i < kTileKeys; ++i) {
+      const int32_t n = tile.keys.index[std::min(i, tile.keys.count - 1)];
+      tile.key[i] = row_at(p.key, key_head, n);
+      tile.value[i] = row_at(p.value, key_head, n);
+    }
+    return true;
+  }
+
   // Row r is query r / group of head h + r % group.
   void load_queries() {
     const float scale = p.scale * kLog2E;
@@ -123,7 +178,7 @@ class FewRows {
       const PackedRow at = packed_row(r, group_);
       const T* from = row_at(p.query, h_ + at.head, at.query);
       float* to = &queries_[int64_t{r} * padded_];
-      for (int32_t d = 0; d < p.head_dim; ++d) to[d] = to_float(from[d]) * scale;
+      for (int32_t d = 0; d < p.head_dim; ++d) to[place<T>(d, p.head_dim)] = to_float(from[d]) * scale;
       std::fill(to + p.head_dim, to + padded_, 0.0f);
       limit_[r] = limit_of(p, at.query, length);
       if (p.rule != nullptr) window_[r] = window_of(p, b_, h_ + at.head, at.query, length);
@@ -135,50 +190,47 @@ class FewRows {
   }
 
   template <int kRows>
-  void attend(const PartialRows& out) {
-    const int32_t key_head = h_ / (p.num_heads / p.key_heads), padded_count = round_up(tile_.count, kLanes);
-    for (int32_t i = 0; i < round_up(tile_.count, 2); ++i) {
-      const int32_t n = tile_.index[std::min(i, tile_.count - 1)];
-      key_[i] = row_at(p.key, key_head, n);
-      value_[i] = row_at(p.value, key_head, n);
-    }
-    for (int32_t i = 0; i < tile_.count; i += 2) {
-      for (int j = i; j < i + 2; ++j) prefetch(key_[j] + kAhead * p.key.stride_row, value_[j]);
-      multiply_pair<kRows>(queries_.get(), padded_, &key_[i], p.head_dim, &lanes_[i]);
+  void attend(const Tile& tile, const Tile& ahead, const PartialRows& out) {
+    constexpr int kKeys = kKeysOf[kRows];
+    const KeyTile& keys = tile.keys;
+    const int32_t padded_count = round_up(keys.count, kLanes);
+    RowsAhead<T> values{tile.value, tile.value + keys.count, p.head_dim};
+    for (int32_t i = 0; i < keys.count; i += kKeys) {
+      for (int k = 0; k < kKeys; ++k) values.template fetch<kToL2>();
+      multiply_keys<kRows>(queries_.get(), padded_, &tile.key[i], p.head_dim, &lanes_[i]);
     }
     for (int32_t r = 0; r < kRows; ++r) {
       float* x = &logits_[r * kTileKeys];
       for (int32_t i = 0; i < padded_count; i += kLanes) {
         f32v dots[kLanes];
-        std::memcpy(dots, &lanes_[r * kTileKeys + i], sizeof dots);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) dots[j] = lanes_[r * kTileKeys + i + j];
         store(x + i, reduce_each(dots, [](f32v a, f32v b) { return a + b; }));
       }
-      for (int32_t i = tile_.count; i < padded_count; ++i) x[i] = -kInfinity;
+      for (int32_t i = keys.count; i < padded_count; ++i) x[i] = -kInfinity;
       if (p.key_bias != nullptr)
-        for (int32_t i = 0; i < tile_.count; ++i) x[i] += tile_.bias[i];
-      if (tile_.causal && tile_.last >= limit_[r])
-        for (int32_t i = 0; i < tile_.count; ++i) x[i] = tile_.index[i] < limit_[r] ? x[i] : -kInfinity;
-      if (tile_.banded && tile_.first < window_[r])
-        for (int32_t i = 0; i < tile_.count; ++i) x[i] = tile_.index[i] >= window_[r] ? x[i] : -kInfinity;
+        for (int32_t i = 0; i < keys.count; ++i) x[i] += keys.bias[i];
+      if (keys.causal && keys.last >= limit_[r])
+        for (int32_t i = 0; i < keys.count; ++i) x[i] = keys.index[i] < limit_[r] ? x[i] : -kInfinity;
+      if (keys.banded && keys.first < window_[r])
+        for (int32_t i = 0; i < keys.count; ++i) x[i] = keys.index[i] >= window_[r] ? x[i] : -kInfinity;
       softmax(x, padded_count, out.most[r], out.sum[r], correct_[r]);
     }
-    int32_t channel = 0;
-    for (; channel + 2 * kLanes <= p.head_dim; channel += 2 * kLanes)
-      accumulate_values<kRows, 2>(value_, tile_.count, logits_.get(), correct_.get(), channel, 2 * kLanes, padded_,
-                                  out.values);
-    for (; channel < p.head_dim; channel += kLanes)
-      accumulate_values<kRows, 1>(value_, tile_.count, logits_.get(), correct_.get(), channel,
-                                  std::min(kLanes, p.head_dim - channel), padded_, out.values);
+    RowsAhead<T> next{ahead.key, ahead.key + ahead.keys.count, p.head_dim};
+    int32_t channel = accumulate<kRows, kVectorsOf[kRows]>(tile, next, 0, out);
+    if constexpr (kVectorsOf[kRows] > 2) channel = accumulate<kRows, 2>(tile, next, channel, out);
+    accumulate<kRows, 1>(tile, next, channel, out);
   }
 
-  // The key that follows some way behind in a run of keys, and this key's value for the second product: prefetchers
-  // stop at every page.
-  static constexpr int32_t kAhead = 16;
-  void prefetch(const T* key, const T* value) const {
-    for (int32_t d = 0; d < p.head_dim; d += kLine / static_cast<int32_t>(sizeof(T))) {
-      __builtin_prefetch(key + d);
-      __builtin_prefetch(value + d);
-    }
+  // The second product from `channel` on, kVectors vectors at a time; the first channel that is left.
+  template <int kRows, int kVectors>
+  int32_t accumulate(const Tile& tile, RowsAhead<T>& ahead, int32_t channel, const PartialRows& out) {
+    constexpr int32_t kWidth = kVectors * kLanes, kLeast = kVectors == 1 ? 1 : kWidth;
+    const int32_t every = std::max(1, p.head_dim / kWidth);
+    for (; channel + kLeast <= p.head_dim; channel += kWidth)
+      accumulate_values<kRows, kVectors>(tile.value, ahead, every, tile.keys.count, logits_.get(), correct_.get(),
+                                         std::min(kWidth, p.head_dim - channel), channel, padded_, out.values);
+    return channel;
   }
 
   static void softmax(float* x, int32_t count, float& most, float& sum, float& correct) {
@@ -199,9 +251,8 @@ class FewRows {
   const BlockSparseAttentionParams& p;
   const int32_t group_, rows_, padded_;
   int32_t b_ = 0, h_ = 0;
-  KeyTile tile_;
-  const T *key_[kTileKeys], *value_[kTileKeys];
-  Scratch<float> queries_;           // [rows][padded], scaled
+  Tile tiles_[2];
+  Scratch<float> queries_;           // [rows][padded], scaled, dealt
   Scratch<f32v> lanes_;              // [rows][kTileKeys], dot products before their last sum
   Scratch<float> logits_;            // [rows][kTileKeys]
   Scratch<int32_t> limit_, window_;  // [rows], the latter with a rule
@@ -222,7 +273,9 @@ void merge_parts(const BlockSparseAttentionParams& p, const PartialRows* parts, 
     const float* from = parts[i].values + int64_t{r} * padded;
     for (int32_t d = 0; d < padded; d += kLanes) store(values + d, load(values + d) + weight * load(from + d));
   }
-  write_row<T>(p, to, values, most, sum);
+  float* row = values + padded;
+  for (int32_t d = 0; d < p.head_dim; ++d) row[d] = values[place<T>(d, p.head_dim)];
+  write_row<T>(p, to, row, most, sum);
 }
 
 }  // namespace

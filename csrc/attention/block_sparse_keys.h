@@ -1,5 +1,5 @@
 // The keys that a block of queries attends to, a tile of at most kTileKeys at a time.
-// Include only from block_sparse_attention_cpu.cpp.
+// Include only from *_cpu.cpp files.
 //
 // A tile is an array of key numbers: blocks, unaligned ranges and single columns become one thing, and a tile is full
 // whatever the block size is. Keys beyond the length, beyond what the last query sees, and keys whose bias is -inf are
@@ -78,43 +78,82 @@ inline List list_of(const BlockLists& lists, int32_t b, int32_t h, int32_t row) 
           lists.counts[b * lists.count_stride_batch + h * lists.count_stride_head + row * lists.count_stride_row]};
 }
 
-class KeyStream {
+// Consecutive keys; `masked`: each query sees those below its limit; `banded`: and not below its window.
+struct KeyRange {
+  int32_t begin, end;
+  bool masked, banded;
+};
+
+// The lists of one block of queries as one sequence of entries, those under the causal mask first; or a rule's ranges.
+class Entries {
  public:
-  // Queries [.., last_query] of block `row`; of the lists' entries (or the rule's ranges), taken as one sequence, those
-  // in [begin, end).
-  KeyStream(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row, int32_t last_query, int32_t begin,
-            int32_t end)
-      : p_(p),
-        lists_{list_of(p.partial, b, h, row), list_of(p.columns, b, h, row), list_of(p.full, b, h, row)},
-        bias_(p.key_bias == nullptr ? nullptr : p.key_bias + b * p.bias_stride_batch),
-        entry_(begin),
-        end_(end) {
-    length_ = length_of(p, b);
-    causal_limit_ = std::clamp(limit_of(p, last_query, length_), 0, length_);
-    if (p.rule != nullptr) rule_ = rule_ranges(p, b, h, row);
-    open_entry();
+  Entries(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row)
+      : partial_(list_of(p.partial, b, h, row)),
+        columns_(list_of(p.columns, b, h, row)),
+        full_(list_of(p.full, b, h, row)),
+        block_(p.block_k),
+        step_(p.token_offsets ? 1 : p.block_k),
+        causal_(p.causal),
+        ruled_(p.rule != nullptr) {
+    if (ruled_) ranges_ = rule_ranges(p, b, h, row);
   }
 
-  static int32_t num_entries(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
-    if (p.rule != nullptr) return rule_ranges(p, b, h, row).count();
-    return list_of(p.partial, b, h, row).count + list_of(p.columns, b, h, row).count + list_of(p.full, b, h, row).count;
+  int32_t count() const { return ruled_ ? ranges_.count() : partial_.count + columns_.count + full_.count; }
+
+  // Of an entry, the keys below `length`.
+  KeyRange keys(int32_t entry, int32_t length) const {
+    if (ruled_) {
+      const Range keys = ranges_.keys(entry);
+      return {keys.begin, keys.end, true, ranges_.banded && entry >= ranges_.first_window()};
+    }
+    const int32_t masked = partial_.count + columns_.count;
+    if (entry >= partial_.count && entry < masked) {
+      const int32_t n = columns_.entries[entry - partial_.count];
+      return {n, std::min(n + 1, length), causal_, false};
+    }
+    const bool under_mask = entry < masked;
+    const int64_t start = int64_t{under_mask ? partial_.entries[entry] : full_.entries[entry - masked]} * step_;
+    return {static_cast<int32_t>(std::min<int64_t>(start, length)),
+            static_cast<int32_t>(std::min<int64_t>(start + block_, length)), causal_ && under_mask, false};
+  }
+
+ private:
+  List partial_, columns_, full_;
+  int32_t block_, step_;
+  bool causal_, ruled_;
+  RuleRanges ranges_{};  // instead of lists
+};
+
+class KeyStream {
+ public:
+  // Queries [.., last_query] of block `row`; of its entries those in [begin, end).
+  KeyStream(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row, int32_t last_query, int32_t begin,
+            int32_t end)
+      : entries_(p, b, h, row),
+        bias_(p.key_bias == nullptr ? nullptr : p.key_bias + b * p.bias_stride_batch),
+        bias_stride_(p.bias_stride_key),
+        length_(length_of(p, b)),
+        causal_limit_(std::clamp(limit_of(p, last_query, length_), 0, length_)),
+        entry_(begin),
+        end_(end) {
+    open_entry();
   }
 
   // False when no key is left. A tile has keys under the same masks.
   bool next(KeyTile& tile) {
     tile.count = 0;
     for (; entry_ < end_ && tile.count < kTileKeys;) {
-      if (next_key_ >= end_key_) {
+      if (keys_.begin >= keys_.end) {
         ++entry_;
         open_entry();
         continue;
       }
       if (tile.count == 0) {
-        tile.causal = p_.causal && under_mask_;
-        tile.banded = banded_;
+        tile.causal = keys_.masked;
+        tile.banded = keys_.banded;
         tile.first = std::numeric_limits<int32_t>::max();
         tile.last = 0;
-      } else if (tile.causal != (p_.causal && under_mask_) || tile.banded != banded_) {
+      } else if (tile.causal != keys_.masked || tile.banded != keys_.banded) {
         break;
       }
       append(tile);
@@ -124,35 +163,16 @@ class KeyStream {
 
  private:
   void open_entry() {
-    next_key_ = end_key_ = 0;
     if (entry_ >= end_) return;
-    if (p_.rule != nullptr) {
-      const Range keys = rule_.keys(entry_);
-      next_key_ = keys.begin;
-      end_key_ = keys.end;
-      banded_ = rule_.banded && entry_ >= rule_.first_window();
-      return;
-    }
-    const auto& [partial, columns, full] = lists_;
-    under_mask_ = entry_ < partial.count + columns.count;
-    if (entry_ >= partial.count && under_mask_) {
-      next_key_ = columns.entries[entry_ - partial.count];
-      end_key_ = next_key_ + 1;
-    } else {
-      const int32_t entry =
-          under_mask_ ? partial.entries[entry_] : full.entries[entry_ - partial.count - columns.count];
-      const int64_t start = int64_t{entry} * (p_.token_offsets ? 1 : p_.block_k);
-      next_key_ = static_cast<int32_t>(std::min<int64_t>(start, length_));
-      end_key_ = static_cast<int32_t>(std::min<int64_t>(start + p_.block_k, length_));
-    }
-    end_key_ = std::min(end_key_, under_mask_ ? causal_limit_ : length_);
+    keys_ = entries_.keys(entry_, length_);
+    if (keys_.masked) keys_.end = std::min(keys_.end, causal_limit_);
   }
 
   void append(KeyTile& tile) {
-    const int32_t first = next_key_, count = std::min(end_key_ - next_key_, kTileKeys - tile.count);
-    next_key_ += count;
+    const int32_t first = keys_.begin, count = std::min(keys_.end - keys_.begin, kTileKeys - tile.count);
+    keys_.begin += count;
     for (int32_t n = first; n < first + count; ++n) {
-      const float bias = bias_ == nullptr ? 0.0f : bias_[n * p_.bias_stride_key] * kLog2E;
+      const float bias = bias_ == nullptr ? 0.0f : bias_[n * bias_stride_] * kLog2E;
       if (bias == -kInfinity) continue;
       tile.index[tile.count] = n;
       tile.bias[tile.count++] = bias;
@@ -161,25 +181,28 @@ class KeyStream {
     tile.last = std::max(tile.last, first + count - 1);
   }
 
-  const BlockSparseAttentionParams& p_;
-  const List lists_[3];  // partial, columns, full
-  RuleRanges rule_;      // instead of lists
+  const Entries entries_;
   const float* bias_;
+  int64_t bias_stride_;
   int32_t length_, causal_limit_;
   int32_t entry_, end_;
-  int32_t next_key_, end_key_;
-  bool under_mask_ = true, banded_ = false;
+  KeyRange keys_{};  // of the entry, those that are left
 };
+
+// to[i] = from[i] * factor; whole vectors of `from` may be read.
+template <class T>
+void store_row(T* to, const float* from, int32_t count, float factor) {
+  int32_t d = 0;
+  for (; d + kLanes <= count; d += kLanes) store(to + d, load(from + d) * factor);
+  if (d < count) store_partial(to + d, load(from + d) * factor, count - d);
+}
 
 // Stores row `row` of [B, H, Q]: its sums of weighted values, unnormalised (whole vectors of them may be read), the
 // maximum of its logits in powers of two and the sum of its weights.
 template <class T>
 void write_row(const BlockSparseAttentionParams& p, int64_t row, const float* values, float most, float sum) {
-  T* out = static_cast<T*>(p.out) + row * p.head_dim;
   const float by_sum = sum == 0.0f ? 0.0f : 1.0f / sum;  // a NaN is a sum too
-  int32_t d = 0;
-  for (; d + kLanes <= p.head_dim; d += kLanes) store(out + d, load(values + d) * by_sum);
-  if (d < p.head_dim) store_partial(out + d, load(values + d) * by_sum, p.head_dim - d);
+  store_row(static_cast<T*>(p.out) + row * p.head_dim, values, p.head_dim, by_sum);
   p.lse[row] = sum == 0.0f ? -kInfinity : (most + std::log2(sum)) * kLn2;
 }
 

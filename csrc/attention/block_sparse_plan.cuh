@@ -15,8 +15,6 @@ constexpr int32_t kPackBelow = 64;  // queries: more fill the tiles of a head by
 constexpr int32_t kPartKeys = 256;  // listed keys that pay for a part
 constexpr int32_t kMaxParts = 512;
 
-constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
-
 template <class Element, int kDepthBucket, bool kFew>
 struct Policy {
   using T = Element;

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "common/dtype.h"
@@ -91,6 +92,26 @@ static inline f32v load(const f16* p) {
   for (int lane = 0; lane < kLanes; ++lane) v[lane] = to_float(p[lane]);
   return v;
 #endif
+}
+
+// The 2 kLanes elements at p as two vectors, in the order that costs least: even and odd elements of bfloat16, which
+// one load, a shift and a mask make; the first and the second half of others.
+template <class T>
+static inline void load_dealt(const T* p, f32v& first, f32v& second) {
+  first = load(p);
+  second = load(p + kLanes);
+}
+static inline void load_dealt(const bf16* p, f32v& even, f32v& odd) {
+  u32v both;
+  std::memcpy(&both, p, sizeof both);
+  even = (f32v)(both << 16);
+  odd = (f32v)(both & 0xffff0000u);
+}
+
+// Where load_dealt puts element i: a lane of the two vectors.
+template <class T>
+static inline int dealt_lane(int i) {
+  return std::is_same_v<T, bf16> ? i % 2 * kLanes + i / 2 : i;
 }
 
 static inline f32v max(f32v a, f32v b) { return a > b ? a : b; }

@@ -6,7 +6,7 @@ published pruning methods on Hugging Face models (:mod:`vtkernels.zoo`).
 
 from vtkernels import _library  # noqa: F401  (loads the ops)
 from vtkernels._version import VERSION as __version__
-from vtkernels.ops.attention import block_sparse_attention
+from vtkernels.ops.attention import block_sparse_attention, block_sparse_attention_backward
 from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
 from vtkernels.ops.merge_forms import bipartite_match_varlen, bipartite_merge_varlen, merge_apply_tensors
@@ -29,6 +29,7 @@ __all__ = [
     "bipartite_merge",
     "bipartite_merge_varlen",
     "block_sparse_attention",
+    "block_sparse_attention_backward",
     "cluster_dpc_knn",
     "cluster_kmedoids",
     "energy_scores",

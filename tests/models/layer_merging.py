@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.reference import merging as reference
 from vtkernels import zoo
 
-METHODS = [method.name for method in zoo.methods() if "vision_layers" in method.stages]
+METHODS = [method.name for method in zoo.methods() if method.merges and "vision_layers" in method.stages]
 
 # Every rule, with what it does to one layer of a tower of L layers and whether it weighs keys by size.
 CASES = {

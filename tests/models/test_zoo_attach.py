@@ -17,7 +17,7 @@ from vtkernels import zoo
 from vtkernels.zoo.adapters.llava import _feature_layer
 from vtkernels.zoo.recipe import Context, Kept
 
-METHODS = [method.name for method in zoo.methods() if not method.merges]
+METHODS = [method.name for method in zoo.methods() if not method.merges and "vision_layers" not in method.stages]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_registry():
         *["fastervlm", "vtc_cls", "fopru", "hiprune", "todre", "mmtok"],
         *["tome", "pitome", "tinychart", "auroracap", "simvlg"],
         *["aim", "visiondrop", "vflowopt", "recoverable_compression", "sit"],
-        *["holitom", "bvllm", "centerclip", "stc_pruner", "random", "uniform"],
+        *["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner", "random", "uniform"],
     ]
     for method in listed.values():
         assert method.title and method.reference and method.status and method.stages
@@ -153,7 +153,8 @@ def test_registry():
         assert type(zoo.make_recipe(method.name)).__doc__
     assert listed["fastervlm"].needs_cls and listed["vtc_cls"].needs_cls and not listed["hiprune"].needs_cls
     assert [name for name, method in listed.items() if method.reads_question] == ["mmtok", "recoverable_compression"]
-    assert [name for name, method in listed.items() if method.video] == ["holitom", "bvllm", "centerclip", "stc_pruner"]
+    videos = [name for name, method in listed.items() if method.video]
+    assert videos == ["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"]
     assert listed["mmtok"].options == {"alpha": 0.5, "tau_tv": 0.02, "tau_vv": 0.2, "tokenizer": None}
 
 

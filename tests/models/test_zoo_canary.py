@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from transformers.masking_utils import create_causal_mask
 
 from tests.models import tiny
 
@@ -93,3 +94,46 @@ def test_a_layer_is_its_two_halves(tower):
     layer.register_forward_pre_hook(lambda module, args: seen.append(args))
     model(torch.randn(1, 3, 56, 56))
     assert seen[0][0].shape[-1] == 32 and seen[0][1] is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_attention_is_its_projections(tower):
+    """Reuse runs them on some of the tokens."""
+    attention = tiny.llava(tower=tower).model.vision_tower.encoder.layers[0].self_attn
+    assert attention.dropout == 0.0
+    x = torch.randn(2, 5, 32)
+    query, key, value = (
+        project(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    mixed = (query @ key.transpose(2, 3) * attention.scale).softmax(-1) @ value
+    expected = attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, attention_mask=None)[0], expected)
+
+
+@torch.no_grad()
+def test_the_language_models_layers():
+    """The decoder gets embeddings by name; its layers get all but the hidden states by name, and return a tensor."""
+    model, batch, seen, outer = tiny.llava(), tiny.inputs([(1, 4), (1, 2)]), [], []
+    decoder = model.model.language_model
+    decoder.register_forward_pre_hook(lambda module, args, kwargs: outer.append((args, kwargs)), with_kwargs=True)
+    for layer in decoder.layers:
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
+        )
+        assert layer.self_attn.head_dim == 8 and layer.gradient_checkpointing is False
+        assert isinstance(layer.self_attn.q_proj, nn.Linear) and isinstance(layer.self_attn.k_proj, nn.Linear)
+    cache = model(**batch, use_cache=True).past_key_values
+    assert outer[0][0] == () and {"inputs_embeds", "attention_mask", "past_key_values"} <= outer[0][1].keys()
+    for args, kwargs, output in seen:
+        assert len(args) == 1 and isinstance(output, torch.Tensor)
+        assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= kwargs.keys()
+        assert kwargs["past_key_values"] is cache and not cache.is_compileable
+    length = batch["input_ids"].shape[1]
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [length, length]
+
+
+def test_masks_are_made_for_a_layer_of_the_cache():
+    parameters = inspect.signature(create_causal_mask).parameters
+    assert {"config", "inputs_embeds", "attention_mask", "past_key_values", "layer_idx"} <= parameters.keys()

@@ -338,7 +338,7 @@ class Loose(zoo.Recipe):
         ),
         ("auroracap", {"ratio": 0.0}, ValueError, r"auroracap: expected ratio in \(0, 1\], got 0.0"),
         ("simvlg", {"r": -2}, ValueError, "simvlg: expected r >= 0, got -2"),
-        (Loose(), {"keep": 9}, TypeError, "loose: expected a LayerMerging for the stage vision_layers"),
+        (Loose(), {"keep": 9}, TypeError, "loose: expected a LayerMerging or a LayerReuse for the stage"),
     ],
 )
 def test_bad_arguments(method, options, error, message):

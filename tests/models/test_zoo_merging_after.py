@@ -15,7 +15,7 @@ from tests.reference import merging_after, recipes
 from vtkernels import zoo
 from vtkernels.zoo.embedded import evaluate
 from vtkernels.zoo.embedded import model as embedded
-from vtkernels.zoo.methods import holitom, lookm, recoverable_compression, stc
+from vtkernels.zoo.methods import holitom, lookm, recoverable_compression
 from vtkernels.zoo.methods.sit import TokenSlimming
 
 GRID = 4
@@ -267,23 +267,6 @@ def test_stc_pruner(oracle, score, keep):
     last, _ = oracle.run("stc_pruner", keep, score=score)
     kept = [frame for video in oracle.videos for frame in merging_after.stc_pruner(oracle.tokens[video], keep, score)]
     assert last.indices.tolist() == kept
-
-
-@pytest.mark.parametrize("metric", ["cosine", "dot", "l1", "l2"])
-@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
-def test_stc_cacher(metric, ratio):
-    draw = torch.Generator().manual_seed(2)
-    key, cached, values = (torch.randn(3, 13, 8, generator=draw) for _ in range(3))
-    stale = stc.stale_tokens(key, cached, ratio, metric)
-    pairs = zip(key.double(), cached.double(), strict=True)
-    assert stale.tolist() == [merging_after.stale(a, b, ratio, metric) for a, b in pairs]
-    new = stc.refreshed(cached, values.take_along_dim(stale.unsqueeze(-1), 1), stale)
-    for frame in range(3):
-        for token in range(13):
-            source = values if token in stale[frame] else cached
-            assert torch.equal(new[frame, token], source[frame, token])
-    with pytest.raises(ValueError, match="stc_cacher: expected metric to be one of"):
-        stc.stale_tokens(key, cached, metric="l3")
 
 
 @pytest.mark.parametrize("keep, share", [(1, 0.125), (5, 0.125), (9, 0.4), (8, 1.0), (6, 0.0)])

@@ -11,7 +11,7 @@ PATCH = 14
 
 
 def llava(
-    seed: int = 0, *, tower: str = "clip", grid: int = 4, vision_layers: int = 3, **config
+    seed: int = 0, *, tower: str = "clip", grid: int = 4, vision_layers: int = 3, text_layers: int = 2, **config
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with ``grid x grid`` patches. Weights are drawn wide, so that scores and logits are far apart."""
     vision = {
@@ -27,7 +27,7 @@ def llava(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=text_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,

@@ -151,18 +151,6 @@ def stc_pruner(frames: Tensor, keep: int, score: str) -> list[list[int]]:
     return kept
 
 
-def stale(key: Tensor, cached: Tensor, ratio: float, metric: str) -> list[int]:
-    """One frame's tokens [n, C] whose keys changed most."""
-    change = {
-        "cosine": lambda a, b: -cosine(a, b),
-        "dot": lambda a, b: -float(a @ b),
-        "l1": lambda a, b: float((a - b).abs().sum()),
-        "l2": lambda a, b: math.sqrt(float(((a - b) ** 2).sum())),
-    }[metric]
-    scores = [change(a, b) for a, b in zip(key, cached, strict=True)]
-    return sorted(top(scores, max(1, int(ratio * len(key)))))
-
-
 def nearest(metric: Tensor, token: int, centers: list[int]) -> int:
     """The number of the most similar center."""
     return max(range(len(centers)), key=lambda c: (cosine(metric[token], metric[centers[c]]), -c))

@@ -66,6 +66,7 @@ def hiprune(middle: list[float], deep: list[float], width: int, keep: int, alpha
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach(), b.detach()
     return float(a @ b) / (math.sqrt(float(a @ a)) * math.sqrt(float(b @ b)))
 
 

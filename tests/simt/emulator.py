@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-import vtkernels
-
-FOLDER = Path(vtkernels.__file__).parent / "lib"
+# Not imported: the sanitized CPU library defines the ops of the one that vtkernels loads.
+FOLDER = Path(str(find_spec("vtkernels").origin)).parent / "lib"
 OPS, FAULTS = FOLDER / "libvtk_simt.so", FOLDER / "libsimt_faults.so"
 NATIVE = FOLDER / "simt_native.so"
 OPS_ASAN, FAULTS_ASAN = FOLDER / "libvtk_simt_asan.so", FOLDER / "libsimt_faults_asan.so"
+CPU_ASAN = FOLDER / "libvtk_cpu_asan.so"
 SEEDS = range(5)  # 0 in order, odd ones random, the others run-ahead: see schedule.cpp
 
 

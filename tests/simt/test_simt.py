@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.reference import prune_gather as reference
-from tests.simt import emulator
+from tests.simt import emulator, sanitized
 from vtkernels.testing.compare import assert_same_bits
 
 pytestmark = [
@@ -159,28 +156,16 @@ def test_prune_gather_under_any_schedule(random, seed, multiprocessors):
                 assert_same_bits(x, y)
 
 
-# ASan and UBSan: in a process of its own, because the runtime must be there before Python.
+# ASan and UBSan; what they are for is in test_fuzz.py.
 
 
-def run_sanitized(code: str) -> subprocess.CompletedProcess:
-    ask = [["g++", f"-print-file-name=lib{name}.so"] for name in ("asan", "ubsan")]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(subprocess.check_output(command, text=True).strip() for command in ask),
-        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0",
-        "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-asan = pytest.mark.skipif(not emulator.OPS_ASAN.exists(), reason="not built (cmake -DVTK_SIMT_SANITIZE=ON)")
-
-
-@asan
+@sanitized.BUILT
 def test_prune_gather_is_clean_under_asan():
-    done = run_sanitized("""
+    done = sanitized.run(
+        "-c",
+        """
 import torch
+import vtkernels
 from tests.simt import emulator
 torch.ops.load_library(str(emulator.OPS_ASAN))
 tokens, scores = torch.randn(2, 300, 7), torch.randn(2, 300)
@@ -193,11 +178,12 @@ for seed in range(4):
                 assert all(torch.equal(a, b) for a, b in zip(got, want))
         bounds, keeps = torch.tensor([0, 5, 5, 300], dtype=torch.int32), torch.tensor([2, 0, 99], dtype=torch.int32)
         torch.ops.vtk_simt.prune_gather.varlen(tokens[0], scores[0], bounds, keeps, total_keep=120)
-""")
+""",
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@asan
+@sanitized.BUILT
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -208,6 +194,6 @@ for seed in range(4):
 )
 def test_asan_catches(name, message):
     load = f"import ctypes; fault = ctypes.CDLL({str(emulator.FAULTS_ASAN)!r}).{name}"
-    broken = run_sanitized(load + "; fault(0); print('clean', flush=True); fault(1)")
+    broken = sanitized.run("-c", load + "; fault(0); print('clean', flush=True); fault(1)")
     assert broken.stdout == "clean\n", broken.stderr[-4000:]
     assert broken.returncode != 0 and re.search(message, broken.stderr), broken.stderr[-4000:]

@@ -15,6 +15,7 @@ PUBLIC = {
     "select_diverse": select.select_diverse,
     "select_cover": select.select_cover,
     "block_sparse_attention": attention.block_sparse_attention,
+    "block_sparse_attention_backward": attention.block_sparse_attention_backward,
     "rule_attention": rule.rule_attention,
     "bipartite_match": merge.bipartite_match,
     "bipartite_match.varlen": merge_forms.bipartite_match_varlen,

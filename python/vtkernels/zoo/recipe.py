@@ -18,7 +18,7 @@ from vtkernels import attention_scores
 
 Stage = Literal["vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
 
-# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first three.
+# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first four.
 STAGES: tuple[Stage, ...] = (
     "vision_layers",
     "vision_encoder",
@@ -106,6 +106,12 @@ class Encoder:
         return round(layer * self.num_layers / of)
 
 
+def videos_of(rows: Sequence[int]) -> list[slice]:
+    """The images of each prompt that has any, of the prompt of each image."""
+    ends = [i + 1 for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1] != row]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage sees of one call: every image of the batch, whichever prompt it belongs to.
@@ -153,8 +159,7 @@ class Context:
     @property
     def videos(self) -> list[slice]:
         """The images of each prompt that has any: a video's frames, in order."""
-        ends = [i + 1 for i, row in enumerate(self.rows) if i + 1 == len(self.rows) or self.rows[i + 1] != row]
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return videos_of(self.rows)
 
     def take(self, indices: Tensor) -> Kept:
         """The tokens at ``indices`` int64 [images, keep], with the indices."""
@@ -163,7 +168,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept | Merged``."""
+    """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept | Merged``;
+    for ``vision_layers`` and ``between_layers`` see merging.py, reuse.py and decoder.py.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -192,6 +199,10 @@ class Recipe:
 
     def attention_layers(self, encoder: Encoder) -> tuple[int, ...]:
         """The encoder layers whose query and key the recipe scores with."""
+        return ()
+
+    def decoder_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The language model's layers before which ``between_layers`` is called, each in [1, num_layers - 1]."""
         return ()
 
     def budget(self, encoder: Encoder, keep: int | None) -> int | None:

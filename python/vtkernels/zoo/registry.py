@@ -32,7 +32,7 @@ def methods() -> tuple[Method, ...]:
     Example:
         >>> from vtkernels import zoo
         >>> [method.name for method in zoo.methods() if "vision_layers" in method.stages]
-        ['tome', 'pitome', 'tinychart', 'auroracap', 'simvlg']
+        ['tome', 'pitome', 'tinychart', 'auroracap', 'simvlg', 'stc_cacher']
     """
     return tuple(_describe(recipe) for recipe in RECIPES)
 

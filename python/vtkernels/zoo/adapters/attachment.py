@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from vtkernels.zoo.adapters.vit import LayerMerger, VitLayer
 from vtkernels.zoo.merging import LayerMerging
 from vtkernels.zoo.recipe import Encoder, Recipe, Stage
+from vtkernels.zoo.reuse import LayerReuse
 
 _ABSENT = object()
 
@@ -28,6 +29,7 @@ class Attachment(ABC):
 
     model_class: ClassVar[type | tuple[type, ...]]
     serves: ClassVar[tuple[Stage, ...]]
+    reuses: ClassVar[bool] = False  # serves a LayerReuse in the stage vision_layers
 
     def __init__(self, model: Any, attribute: str):
         self.model = model
@@ -88,10 +90,10 @@ class Attachment(ABC):
     ) -> LayerMerger | None:
         """The claim of ``vision_layers``, if there is one that merges anything, in the encoder's layers."""
         claim = self.claims.get("vision_layers")
-        if claim is None or claim.keep is None:
+        if claim is None or claim.keep is None or isinstance(claim.recipe, LayerReuse):
             return None
         if not isinstance(claim.recipe, LayerMerging):
-            raise TypeError(f"{claim.recipe.name}: expected a LayerMerging for the stage vision_layers")
+            raise TypeError(f"{claim.recipe.name}: expected a LayerMerging or a LayerReuse for the stage vision_layers")
         schedule = claim.recipe.schedule(self.encoder, claim.keep)
         if not any(schedule):
             return None
@@ -114,6 +116,8 @@ class Attachment(ABC):
                     f"{recipe.name}: stage {stage} of this model is claimed by {self.claims[stage].recipe.name}; "
                     "remove that handle first"
                 )
+        if isinstance(recipe, LayerReuse) and not self.reuses:
+            raise NotImplementedError(f"{recipe.name}: layers that reuse results are not served for {family}")
         if recipe.needs_cls and not self.encoder.has_cls:
             raise ValueError(f"{recipe.name}: needs a [CLS] token, which this model's vision encoder does not have")
         for layer in recipe.attention_layers(self.encoder):

@@ -12,7 +12,7 @@ import inspect
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class LastRun:
         tokens_after: tokens of each prompt after pruning.
         input_ids: [B, L'], the prompt that the language model saw.
         attention_mask: [B, L'], its mask, or None when it saw the caller's prompt without one.
+        decoder: for each decoder layer before which tokens went: an int64 [left] a prompt, the visual tokens (as in
+            ``owner``) that it and the layers after it see. Known after the prefill.
     """
 
     indices: Tensor | None
@@ -51,6 +53,7 @@ class LastRun:
     tokens_after: list[int]
     input_ids: Tensor
     attention_mask: Tensor | None
+    decoder: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class Encoding:

@@ -16,14 +16,18 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtkernels.zoo.adapters.attachment import Claim
-from vtkernels.zoo.adapters.base import Adapter
+from vtkernels.zoo.adapters.base import Adapter, LastRun
+from vtkernels.zoo.adapters.decoder import DecoderStage
+from vtkernels.zoo.adapters.reuse import install_reuser
 from vtkernels.zoo.adapters.transformers_vit import TransformersLayer, encoder_layers, tower_facts
-from vtkernels.zoo.recipe import Encoder, Stage
+from vtkernels.zoo.merging import LayerMerging
+from vtkernels.zoo.recipe import Encoder, Stage, videos_of
 
 
 class LlavaAdapter(Adapter):
     model_class: ClassVar[type] = LlavaForConditionalGeneration
-    serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector")
+    serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector", "between_layers")
+    reuses: ClassVar[bool] = True
 
     @property
     def image_token_id(self) -> int:
@@ -50,7 +54,7 @@ class LlavaAdapter(Adapter):
 
     def attach(self, claim: Claim) -> None:
         layers = self.model.config.vision_feature_layer
-        if "vision_layers" in claim.recipe.stages() and isinstance(layers, list) and len(layers) > 1:
+        if isinstance(claim.recipe, LayerMerging) and isinstance(layers, list) and len(layers) > 1:
             raise ValueError(
                 f"{claim.recipe.name}: expected one vision_feature_layer, whose tokens merge in the layers before, got "
                 f"{layers}"
@@ -67,9 +71,17 @@ class LlavaAdapter(Adapter):
             self.hook(attention.k_proj.register_forward_hook(self._capture(index, "key", attention.num_heads)))
         blocks = [TransformersLayer(layer) for layer in layers]
         self.merger = self.install_merger(blocks, int(self.encoder.has_cls), lambda: self.encoding is not None)
+        install_reuser(self, blocks, lambda images: None if self.encoding is None else videos_of(self.encoding.rows))
         projector = base.multi_modal_projector
         self.hook(projector.register_forward_pre_hook(self._before_projector))
         self.hook(projector.register_forward_hook(self._after_projector))
+        claim = self.claims.get("between_layers")
+        if claim is not None and claim.keep is not None:
+            DecoderStage(claim, base.language_model, self.image_token_id, self._in_work, self)
+
+    def _in_work(self) -> LastRun | None:
+        """The batch that the model's own method runs on for us."""
+        return None if self.served is None else self.last
 
     def project(self, features: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector.forward(features)

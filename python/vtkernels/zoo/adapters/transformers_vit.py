@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from vtkernels.zoo.adapters.attachment import Attachment
+from vtkernels.zoo.adapters.reuse import install_reuser
 from vtkernels.zoo.adapters.vit import TowerRun, VitLayer
 from vtkernels.zoo.recipe import Encoder, Stage
 
@@ -47,12 +48,24 @@ class TransformersLayer(VitLayer):
                 f"encoder, got {implementation}"
             )
 
+    def check_reuse(self) -> None:
+        """Raises ValueError where the layer cannot be run on some of its tokens."""
+        self.check(weighs_keys=False)
+        if self.module.training and self.module.self_attn.dropout:
+            raise ValueError(
+                "vtkernels.zoo: expected no attention dropout in the vision encoder; its frames reuse rows"
+            )
+
 
 class TransformersVitAdapter(Attachment):
-    """A tower alone: ``last_hidden_state`` has fewer tokens, each layer after the first merging one too."""
+    """A tower alone: ``last_hidden_state`` has fewer tokens, each layer after the first merging one too.
+
+    To a method that reuses results, the images of a call are the frames of one video.
+    """
 
     model_class: ClassVar[tuple[type, ...]] = (CLIPVisionModel, SiglipVisionModel)
     serves: ClassVar[tuple[Stage, ...]] = ("vision_layers",)
+    reuses: ClassVar[bool] = True
 
     def describe_encoder(self) -> Encoder:
         return tower_facts(self.model.config, self.model.config.num_hidden_layers - 1)
@@ -60,6 +73,7 @@ class TransformersVitAdapter(Attachment):
     def install(self) -> None:
         layers = [TransformersLayer(module) for module in encoder_layers(self.model)]
         self.merger = self.install_merger(layers, prefix=int(self.encoder.has_cls))
+        install_reuser(self, layers, lambda images: [slice(0, images)])
 
     @property
     def last(self) -> TowerRun | None:

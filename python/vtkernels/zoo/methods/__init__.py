@@ -14,7 +14,7 @@ from vtkernels.zoo.methods.pitome import PiToMe
 from vtkernels.zoo.methods.recoverable_compression import RecoverableCompression
 from vtkernels.zoo.methods.simvlg import SimVLG
 from vtkernels.zoo.methods.sit import SiT
-from vtkernels.zoo.methods.stc import STCPruner
+from vtkernels.zoo.methods.stc import STCCacher, STCPruner
 from vtkernels.zoo.methods.tinychart import TinyChart
 from vtkernels.zoo.methods.todre import ToDRE
 from vtkernels.zoo.methods.tome import ToMe
@@ -42,6 +42,7 @@ RECIPES = (
     HoliTom,
     BVLLM,
     CenterCLIP,
+    STCCacher,
     STCPruner,
     Random,
     Uniform,

@@ -1,4 +1,4 @@
-"""STC: the pruner keeps each frame's novel tokens; the cacher finds the tokens that an encoder layer must recompute."""
+"""STC: the cacher computes a frame's stale tokens alone in the encoder; the pruner keeps each frame's novel tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from vtkernels import prune_gather
-from vtkernels.zoo.recipe import Context, Kept, Recipe
+from vtkernels.zoo.recipe import Context, Encoder, Kept, Recipe
+from vtkernels.zoo.reuse import LayerReuse, ReuseContext
 
 _BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 
@@ -75,37 +76,78 @@ def _dual_anchor(frames: Tensor) -> Tensor:
     return (0.5 - 0.5 * cosine_similarity(frames, anchors, dim=-1)).sum(0)
 
 
+@dataclass(frozen=True)
+class STCCacher(LayerReuse):
+    """Every ``interval``-th frame is a reference; the frames after it compute only their stale tokens in the encoder.
+
+    In each layer the stale tokens of a frame are the patches whose keys (full width, all heads) have the least cosine
+    with the reference's: :func:`stale_tokens`. All keys are new; the other patches take values, attention output
+    (behind the output projection) and MLP output of the reference, on residuals of their own. All tokens go to the
+    language model. The budget is the number of stale patches of a frame.
+
+    Args:
+        ratio: the budget as the method states it, in place of ``keep``: ``max(1, int(ratio * patches))``; released:
+            0.25.
+        interval: frames from one reference to the next; released: 2, every second frame.
+        metric: ``cosine`` or ``dot`` (the least similar are stale), ``l1`` or ``l2`` (the farthest).
+
+    A prompt's images are its video, one frame a chunk. Deviation: [CLS], of which the method's towers have none, is
+    computed anew in every frame and is not counted. The README's rule, a cosine below 0.85, is not that of the released
+    code and is left out.
+    """
+
+    name: ClassVar[str] = "stc_cacher"
+    title: ClassVar[str] = STCPruner.title
+    reference: ClassVar[str] = STCPruner.reference
+    status: ClassVar[str] = "verified: read in the authors' code"
+    video: ClassVar[bool] = True
+
+    ratio: float | None = None
+    interval: int = 2
+    metric: Literal["cosine", "l1", "l2", "dot"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not 0 <= self.ratio <= 1:
+            raise ValueError(f"stc_cacher: expected ratio in [0, 1], got {self.ratio}")
+        if self.interval < 1:
+            raise ValueError(f"stc_cacher: expected interval >= 1, got {self.interval}")
+        self.one_of("metric", ("cosine", "l1", "l2", "dot"))
+
+    def budget(self, encoder: Encoder, keep: int | None) -> int | None:
+        if self.ratio is None:
+            return keep
+        own = max(1, int(self.ratio * encoder.num_patches))
+        if keep not in (None, own):
+            raise ValueError(f"stc_cacher: ratio={self.ratio} is {own} tokens of a frame, got keep={keep}; give either")
+        return own
+
+    def references(self, frames: int) -> list[int]:
+        return [frame - frame % self.interval for frame in range(frames)]
+
+    def vision_layers(self, ctx: ReuseContext) -> Tensor:
+        return stale_tokens(ctx.keys, ctx.cached, ctx.refresh, self.metric)
+
+
 def stale_tokens(
     key: Tensor,
     cached: Tensor,
-    ratio: float = 0.25,
+    count: int,
     metric: Literal["cosine", "l1", "l2", "dot"] = "cosine",
 ) -> Tensor:
-    """STC-Cacher's rule: the tokens of a frame that an encoder layer computes anew; the others reuse the reference's.
-
-    The ``max(1, int(ratio * n))`` tokens whose keys are least like the reference frame's (ties: the lower index).
-    The rest of the method needs a layer of the encoder that runs on these tokens alone, which no adapter serves yet.
+    """The ``count`` tokens of each frame whose keys are least like the reference's (ties: the lower index).
 
     Args:
         key, cached: [frames, n, C], the layer's keys of this frame and of the reference, over the full width.
         metric: ``cosine``, ``dot``, or the distances ``l1`` and ``l2``.
 
     Returns:
-        int64 [frames, stale], ascending.
+        int64 [frames, count], ascending.
     """
     key, cached = key.detach().float(), cached.detach().float()
     if metric == "cosine":
         change = -cosine_similarity(key, cached, dim=-1)
     elif metric == "dot":
         change = -(key * cached).sum(-1)
-    elif metric in ("l1", "l2"):
-        change = (key - cached).norm(p=1 if metric == "l1" else 2, dim=-1)
     else:
-        raise ValueError(f"stc_cacher: expected metric to be one of cosine, l1, l2, dot, got {metric!r}")
-    _, stale = prune_gather(key, change, max(1, int(ratio * key.shape[1])))
-    return stale
-
-
-def refreshed(cached: Tensor, rows: Tensor, stale: Tensor) -> Tensor:
-    """``cached`` [frames, n, C] (values, attention or MLP output) with ``rows`` [frames, stale, C] in their places."""
-    return cached.scatter(1, stale.unsqueeze(-1).expand_as(rows), rows)
+        change = (key - cached).norm(p=1 if metric == "l1" else 2, dim=-1)
+    return prune_gather(key, change, count)[1]

@@ -1,0 +1,61 @@
+// How the tasks of attention go to threads: from a counter, those with the longest lists first. Include only from
+// *_cpu.cpp files. Which thread runs a task changes no bit of it.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "attention/block_sparse_keys.h"
+#include "common/parallel.h"
+
+namespace vtk {
+namespace VTK_ISA {
+namespace {
+
+constexpr int64_t kMinThreadWork = 1 << 16;  // multiply-adds that pay for a fork
+
+// Runs body(worker, task) for every task, in order, on as many threads as pay.
+template <class MakeWorker, class Body>
+void run_tasks(int64_t tasks, int64_t work, const MakeWorker& make_worker, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(std::min<int64_t>(num_threads(), tasks), work / kMinThreadWork + 1);
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    auto worker = make_worker();
+    for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
+  });
+}
+
+struct QueryBlock {
+  int32_t b, h, row;
+  int64_t keys;  // listed, at most
+};
+
+inline int64_t keys_listed(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
+  if (p.rule != nullptr) return rule_ranges(p, b, h, row).num_keys();
+  const int32_t blocks = list_of(p.partial, b, h, row).count, full = list_of(p.full, b, h, row).count;
+  const int32_t last = std::min((row + 1) * p.block_q, p.num_queries) - 1;
+  const int32_t seen = std::max(0, limit_of(p, last, length_of(p, b)));
+  return std::min<int64_t>(int64_t{blocks} * p.block_k, seen) + int64_t{full} * p.block_k +
+         list_of(p.columns, b, h, row).count;
+}
+
+// Runs worker.run(b, h, row) for every block of queries.
+template <class MakeWorker>
+void run_query_blocks(const BlockSparseAttentionParams& p, const MakeWorker& make_worker) {
+  std::vector<QueryBlock> blocks;
+  int64_t keys = 0;
+  for (int32_t b = 0; b < p.batch; ++b)
+    for (int32_t h = 0; h < p.num_heads; ++h)
+      for (int32_t row = 0; row < ceil_div(p.num_queries, p.block_q); ++row) {
+        blocks.push_back({b, h, row, keys_listed(p, b, h, row)});
+        keys += blocks.back().keys;
+      }
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const QueryBlock& x, const QueryBlock& y) { return x.keys > y.keys; });
+  run_tasks(static_cast<int64_t>(blocks.size()), keys * std::min(p.block_q, p.num_queries) * p.head_dim, make_worker,
+            [&](auto& worker, int64_t i) { worker.run(blocks[i].b, blocks[i].h, blocks[i].row); });
+}
+
+}  // namespace
+}  // namespace VTK_ISA
+}  // namespace vtk
