@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests.reference import block_sparse_attention as reference
 from vtkernels.testing.compare import assert_close, assert_same_bits
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+WIDE_AND_NARROW = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -32,7 +36,8 @@ def check(backend, query, key, value, counts, indices, **options):
     expected, expected_lse = reference.block_sparse_attention(*tensors, **options)
     native, native_lse = reference.block_sparse_attention(*tensors, **options, dtype=query.dtype)
     # The result is rounded to the dtype of the inputs once.
-    absolute = 2e-6 if query.dtype == torch.float32 else torch.finfo(query.dtype).eps * expected.abs().amax().item()
+    largest = expected.abs().amax().item() if expected.numel() else 0.0
+    absolute = 2e-6 if query.dtype == torch.float32 else torch.finfo(query.dtype).eps * largest
     assert_close(out, expected, native, absolute=absolute)
     assert_close(lse, expected_lse, native_lse, absolute=2e-5)
     return out, lse
@@ -107,7 +112,8 @@ def test_any_combination(backend, data):
     heads = key_heads * data.draw(st.integers(1, 3))
     block_q, block_k = data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([64, 128]))
     offsets = data.draw(st.booleans())
-    tensors = inputs(random, draw["rows"], draw["keys"], draw["depth"], batch, heads, key_heads)
+    dtype = data.draw(st.sampled_from(FLOATS))
+    tensors = inputs(random, draw["rows"], draw["keys"], draw["depth"], batch, heads, key_heads, dtype)
     limit = draw["keys"] if offsets else -(-draw["keys"] // block_k)
 
     def some(limit, density):
@@ -191,9 +197,10 @@ def test_scores_from_lse_are_columns_of_the_softmax(backend, random, rows):
     torch.testing.assert_close(scores.cpu().double(), softmax[:, :, -1, 20:90], rtol=1e-4, atol=1e-6)
 
 
+@WIDE_AND_NARROW
 @pytest.mark.parametrize("rows", [2, 30])
-def test_queries_without_a_key(backend, random, rows):
-    tensors = inputs(random, rows, 70)
+def test_queries_without_a_key(backend, random, rows, dtype):
+    tensors = inputs(random, rows, 70, dtype=dtype)
     counts, indices = all_blocks(rows, 70)
     for options in ({"key_bias": torch.full((1, 70), -math.inf)}, {"seqlens_k": torch.zeros(1, dtype=torch.int32)}):
         out, lse = run(backend, (*tensors, counts, indices), block_q=64, block_k=64, **options)
@@ -201,14 +208,15 @@ def test_queries_without_a_key(backend, random, rows):
     out, lse = run(backend, (*tensors, torch.zeros_like(counts), indices), block_q=64, block_k=64)
     assert (out == 0).all() and (lse == -math.inf).all()
     # More queries than keys: the first see nothing.
-    short = inputs(random, rows, 1)
+    short = inputs(random, rows, 1, dtype=dtype)
     out, lse = check(backend, *short, *all_blocks(rows, 1), causal=True)
     assert (out[:, :, :-1] == 0).all() and (lse[:, :, :-1] == -math.inf).all() and torch.isfinite(lse[:, :, -1]).all()
 
 
+@WIDE_AND_NARROW
 @pytest.mark.parametrize("rows", [2, 30])
-def test_non_finite_values_stay_where_they_are(backend, random, rows):
-    query, key, value = inputs(random, rows, 70)
+def test_non_finite_values_stay_where_they_are(backend, random, rows, dtype):
+    query, key, value = inputs(random, rows, 70, dtype=dtype)
     query[:, 0, 1] = math.nan
     key[:, :, 3], value[:, :, 5] = math.nan, math.inf  # excluded
     bias = torch.zeros(1, 70)
@@ -259,9 +267,10 @@ def test_long_lists_are_cut_into_parts(backend, random, rows):
     check(backend, *tensors, *lists(random, rows, -(-keys // 64), density=0.9), causal=True)
 
 
+@WIDE_AND_NARROW
 @pytest.mark.parametrize("rows", [1, 150])
-def test_same_bits_for_any_thread_count(random, rows):
-    tensors = (*inputs(random, rows, 5000, 32, heads=4), *lists(random, rows, 79, heads=4))
+def test_same_bits_for_any_thread_count(random, rows, dtype):
+    tensors = (*inputs(random, rows, 5000, 32, heads=4, dtype=dtype), *lists(random, rows, 79, heads=4))
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -269,6 +278,15 @@ def test_same_bits_for_any_thread_count(random, rows):
     for out, lse in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(lse, results[0][1])
+
+
+@pytest.mark.parametrize("isa", ["generic+bf16", "avx2+bf16"])
+def test_products_of_bfloat16_in_pairs(isa):
+    """What processors with AVX512_BF16 run, computed without the instruction: the tests in bfloat16 once more."""
+    chosen = "(cpu and (dtype2 or any_combination or bfloat16)) or (same_bits and bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    run = subprocess.run(command, env={**os.environ, "VTK_CPU_ISA": isa}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 def test_compiles_whole(random):

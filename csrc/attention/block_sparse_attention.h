@@ -64,7 +64,7 @@ struct BlockSparseAttentionParams {
   float* workspace;  // CUDA only: block_sparse_attention_workspace(params) floats
 };
 
-VTK_CPU_KERNEL(void, block_sparse_attention_cpu, BlockSparseAttentionParams)
+VTK_CPU_KERNEL_BF16(void, block_sparse_attention_cpu, BlockSparseAttentionParams)
 
 #if defined(__CUDACC__) || defined(VTK_BACKEND_CUDA)
 int64_t block_sparse_attention_workspace(const BlockSparseAttentionParams& params);

@@ -14,10 +14,12 @@
 // Both gradients are the same loop (block_sparse_rows.cuh): two matrices stay, Q and dO or K and V, tiles of the other
 // two pass by. A block sums in one order, so there is no atomic, and no bit depends on the number of rows in a block.
 //
-//   shared  two stages of two tiles of at most 8 KiB and 16 bytes a row, beside what stays: 51 to 105 KiB for dq (fewer
-//           rows where a block may use less), 54 to 70 KiB for dk and dv
-//   bound   10 D operations a listed pair, P and dO v^T twice: 14 D. Of a list of n entries each touched chunk reads n.
-//   lost    Nothing timed on a GPU yet. Rules out float atomics for dq, which would save 4 D of the 14 D.
+//   shared  two stages of two tiles of at most 8 KiB and 16 bytes a row, beside what stays: 36 to 68 KiB for dk and dv,
+//           54 to 102 KiB for dq up to D 128; more rows stay where a block may have more, fewer where it may not
+//   bound   10 D operations a listed pair. 14 D are done, for P and dO v^T are computed in both kernels, and 18 D above
+//           D 128. Each chunk that a list touches reads the list whole, 32 entries a load.
+//   lost    (by ptxas) tiles of 64 rows at D 64: 8 to 24 bytes of spills. Not timed on a GPU yet. One kernel for all
+//           three gradients would do 10 D, but dq would be summed by float atomics, in another order in every run.
 #include "attention/block_sparse_plan.cuh"
 #include "attention/block_sparse_row_tiles.cuh"
 #include "attention/block_sparse_rows.cuh"
@@ -108,7 +110,6 @@ __global__ void __launch_bounds__(kMarkThreads)
     __syncthreads();
     uint32_t* gWords = marks.row(b, h, block) + first;
     for (int i = threadIdx.x; i < min(kMarkWords, marks.row_words - first); i += kMarkThreads) gWords[i] = sWords[i];
-    __syncthreads();
   }
 }
 

@@ -9,10 +9,12 @@
 #include "attention/block_sparse_attention.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "attention/block_sparse_few_rows.h"
 #include "attention/block_sparse_many_rows.h"
+#include "attention/block_sparse_pairs.h"
 #include "attention/block_sparse_tasks.h"
 
 namespace vtk {
@@ -76,22 +78,38 @@ void attend_few_rows(const BlockSparseAttentionParams& p) {
   }
 }
 
+bool has_few_rows(const BlockSparseAttentionParams& p) { return p.num_queries * heads_of_a_task(p) <= kFewRows; }
+
+template <class Products>
+void attend_many_rows(const BlockSparseAttentionParams& p) {
+  run_query_blocks(p, [&] { return ManyRows<Products>(p); });
+}
+
+#if !defined(__AVX512BF16__)
 template <class T>
 void attend(const BlockSparseAttentionParams& p) {
-  if (p.num_queries * heads_of_a_task(p) <= kFewRows)
-    attend_few_rows<T>(p);
-  else
-    run_query_blocks(p, [&] { return ManyRows<T>(p); });
+  if (has_few_rows(p)) return attend_few_rows<T>(p);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (bf16_pairs_wanted()) return attend_many_rows<PairProducts>(p);
+  }
+  attend_many_rows<FloatProducts<T>>(p);
 }
+#endif
 
 }  // namespace
 
 void block_sparse_attention_cpu(const BlockSparseAttentionParams& p) {
+#if defined(__AVX512BF16__)
+  // Nothing else gains.
+  if (p.dtype != DType::kBFloat16 || has_few_rows(p)) return avx512::block_sparse_attention_cpu(p);
+  attend_many_rows<PairProducts>(p);
+#else
   switch (p.dtype) {
     case DType::kFloat32: return attend<float>(p);
     case DType::kFloat16: return attend<f16>(p);
     case DType::kBFloat16: return attend<bf16>(p);
   }
+#endif
 }
 
 }  // namespace VTK_ISA

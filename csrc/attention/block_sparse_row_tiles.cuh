@@ -71,7 +71,7 @@ struct RowLists {
   float bias[kKeys];                   // in powers of two
   bool exists[kKeys], listed[kKeys];   // listed: by any query block so far
 
-  // Keys [first_key, first_key + kKeys) of key head `key_head`, by all lanes of a warp.
+  // Of a chunk of keys of a key head, by all lanes of a warp; a barrier must follow.
   __device__ void open(const BlockSparseAttentionParams& p, int32_t batch_item, int32_t key_head, int32_t chunk) {
     const int32_t group = p.num_heads / p.key_heads, keys = length_of(p, batch_item);
     for (int i = threadIdx.x % 32; i < kKeys; i += 32) {
@@ -91,7 +91,6 @@ struct RowLists {
       block_tiles = p.block_q / kRows;
       end = group * query_blocks * block_tiles;
     }
-    __syncwarp();
   }
 
   // The first tile from number `at` on, by all lanes of a warp; returns the number to go on from.

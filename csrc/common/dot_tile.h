@@ -21,19 +21,22 @@ static inline void transpose(f32v (&v)[kLanes]) {
   }
 }
 
-// dot[i][v] = row i . vector v of the group; columns is [channels, kGroup].
-static inline void dot_tile(const float* const* rows, const float* columns, int32_t channels,
+static inline void multiply_add(f32v& sum, float a, f32v b) { sum += a * b; }
+
+// dot[i][v] = row i . vector v of the group; columns is [channels, kGroup]. Of floats, or of pairs (bf16_pairs.h).
+template <class Element>
+static inline void dot_tile(const Element* const* rows, const Element* columns, int32_t channels,
                             f32v (&dot)[kTileRows][2]) {
 #pragma GCC unroll 6
   for (int i = 0; i < kTileRows; ++i) dot[i][0] = dot[i][1] = f32v{};
-  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
+  const Element *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
   for (int32_t c = 0; c < channels; ++c) {
-    const float row[kTileRows] = {r0[c], r1[c], r2[c], r3[c], r4[c], r5[c]};
-    const f32v low = load(columns + int64_t{c} * kGroup), high = load(columns + int64_t{c} * kGroup + kLanes);
+    const Element row[kTileRows] = {r0[c], r1[c], r2[c], r3[c], r4[c], r5[c]};
+    const auto low = load(columns + int64_t{c} * kGroup), high = load(columns + int64_t{c} * kGroup + kLanes);
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) {
-      dot[i][0] += row[i] * low;
-      dot[i][1] += row[i] * high;
+      multiply_add(dot[i][0], row[i], low);
+      multiply_add(dot[i][1], row[i], high);
     }
   }
 }

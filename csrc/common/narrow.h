@@ -5,10 +5,14 @@
 namespace vtk {
 namespace VTK_ISA {
 
-static inline void store(bf16* p, f32v v) {
+static inline u32v bf16_bits(f32v v) {
   const u32v bits = (u32v)v;
   const u32v rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
-  const u16v half = __builtin_convertvector(v == v ? rounded : quiet, u16v);
+  return v == v ? rounded : quiet;
+}
+
+static inline void store(bf16* p, f32v v) {
+  const u16v half = __builtin_convertvector(bf16_bits(v), u16v);
   std::memcpy(p, &half, sizeof half);
 }
 

@@ -68,7 +68,7 @@ LIBRARIES = load()
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels run with: generic, avx2 or avx512 (VTK_CPU_ISA lowers it)."""
+    """What the CPU kernels run with: generic, avx2, avx512 or avx512_bf16 (VTK_CPU_ISA lowers it)."""
     name = ctypes.CDLL(str(LIBRARIES.cpu)).vtk_cpu_isa
     name.restype = ctypes.c_char_p
     return name().decode()

@@ -21,6 +21,12 @@ HOT = Allowed()
 
 KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/attention/block_sparse_attention.cu": {"attend_kernel": HOT, "merge_parts_kernel": HOT},
+    "csrc/attention/block_sparse_attention_backward.cu": {
+        "delta_kernel": HOT,
+        "mark_kernel": HOT,
+        "query_gradient_kernel": HOT,
+        "key_gradients_kernel": HOT,
+    },
     "csrc/merge/bipartite_match.cu": {"bipartite_match_kernel": HOT},
     "csrc/merge/cluster_dpc_knn.cu": {
         "prepare_kernel": HOT,

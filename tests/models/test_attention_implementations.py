@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 
 import vtkernels.attention
 from tests.models import tiny
+from vtkernels import attention_scores
 from vtkernels.zoo import embedded
 from vtkernels.zoo.embedded import evaluate
 
@@ -172,6 +175,77 @@ def test_a_streaming_rule_in_prefill_and_decoding(lengths):
             expected = model(input_ids=alone[None], attention_mask=seen[None, None]).logits[0, -13:-1]
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(expected.argmax(-1), alone[-12:])
+
+
+def attentions(model):
+    return {layer.self_attn.layer_idx: layer.self_attn for layer in model.model.layers}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_recorded_pass_is_the_models_attention(implementation):
+    """Left padding and grouped queries, against the matrices of a float64 model on each prompt alone."""
+    model, inputs = llama(), prompts([140, 23])
+    real = inputs["attention_mask"].bool()
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation("eager")
+    alone = [
+        exact(ids[mask][None], output_attentions=True) for ids, mask in zip(inputs["input_ids"], real, strict=True)
+    ]
+    model.set_attn_implementation(implementation)
+    with vtkernels.attention.recording(attentions(model)) as passes:
+        model(**inputs)
+    assert sorted(passes) == [0, 1, 2]
+    for layer, done in passes.items():
+        options = {"scale": done.scale, "key_mask": done.key_bias == 0}
+        last = attention_scores(done.query[:, :, -1:], done.key, lse=done.lse[:, :, -1:], **options)
+        options |= {"causal": True, "query_mask": real}
+        every = attention_scores(done.query, done.key, lse=done.lse, **options)
+        torch.testing.assert_close(every, attention_scores(done.query, done.key, **options), rtol=1e-5, atol=1e-8)
+        for row, out in enumerate(alone):
+            weights = out.attentions[layer][0].mean(0)
+            torch.testing.assert_close(last[row, real[row]].double(), weights[-1], rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(every[row, real[row]].double(), weights.mean(0), rtol=1e-4, atol=1e-7)
+            assert not last[row, ~real[row]].any() and not every[row, ~real[row]].any()
+
+
+@torch.no_grad()
+def test_recorded_steps_on_layers_of_different_length():
+    model, inputs = llama(), prompts([40])
+    model.set_attn_implementation("vtk")
+    cache = model(**inputs, use_cache=True).past_key_values
+    for layer, length in ((1, 25), (2, 7)):
+        cache.layers[layer].keys = cache.layers[layer].keys[:, :, :length]
+        cache.layers[layer].values = cache.layers[layer].values[:, :, :length]
+    with vtkernels.attention.recording(attentions(model)) as passes:
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache, position_ids=torch.tensor([[40]]))
+    assert [passes[layer].key.shape[2] for layer in range(3)] == [41, 26, 8]
+    for done in passes.values():
+        logits = done.query.double() @ done.key.repeat_interleave(2, 1).double().mT * done.scale
+        scores = attention_scores(done.query, done.key, lse=done.lse, scale=done.scale)
+        torch.testing.assert_close(scores.double(), logits.softmax(-1).mean(1)[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_recorded_and_when():
+    model, inputs = llama(), prompts([30])
+    modules = attentions(model)
+
+    def diagonal(module, query, key):
+        return vtkernels.attention.from_blocks(torch.eye(1, dtype=torch.bool)[None, None], causal=True)
+
+    model.set_attn_implementation("vtk_sparse")
+    with vtkernels.attention.recording({"deep": modules[2]}) as outer:
+        with vtkernels.attention.recording(modules) as inner, vtkernels.attention.sparse(model, diagonal):
+            model(**inputs)
+        assert len(inner) == 3 and inner[2] is outer["deep"]
+        assert all(done.lse is None for done in inner.values())  # of the listed keys only
+        model(**inputs)
+    assert inner[2].lse is None and outer["deep"].lse is not None and not outer["deep"].query.requires_grad
+    assert not any("_vtk_records" in module.__dict__ for module in modules.values())
+    model.set_attn_implementation("sdpa")
+    with vtkernels.attention.recording(modules) as passes:
+        model(**inputs)
+    assert passes == {}
 
 
 def test_what_is_not_served_says_so():

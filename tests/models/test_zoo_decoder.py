@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -175,6 +175,34 @@ def test_every_way_to_decode_agrees(model, keep, monkeypatch):
             positions = torch.tensor(handle.last.tokens_after).unsqueeze(1) + step
             out = model(tokens[-1], attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values)
         assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_read_from_the_pass_before(model, monkeypatch, side):
+    """On "vtk", whose log-sum-exp of the last token's row covers its prompt alone, in every layer's padding."""
+    batch, seen = tiny.inputs(PROMPTS, side=side), []
+    attention = DecoderContext.attention
+
+    def watched(ctx):
+        scores = attention(ctx)
+        torch.testing.assert_close(scores, attention(replace(ctx, lse=None)), rtol=1e-5, atol=1e-8)
+        logits = (
+            ctx.query[0, :, -1:].double() @ ctx.key[0].repeat_interleave(2, 0).double().mT * ctx.key.shape[-1] ** -0.5
+        )
+        torch.testing.assert_close(scores[0].double(), logits.softmax(-1).mean(0)[0, ctx.visual], rtol=1e-4, atol=1e-7)
+        seen.append((ctx.layer, ctx.query, ctx.key, ctx.lse))
+        return scores
+
+    monkeypatch.setattr(DecoderContext, "attention", watched)
+    for implementation in IMPLEMENTATIONS:
+        model.set_attn_implementation({"text_config": implementation})
+        with zoo.apply(model, Stairs(), keep=N):
+            model(**batch)
+    plain, recorded = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for (layer, query, key, lse), (again, *ours) in zip(plain, recorded, strict=True):
+        assert layer == again and lse is None and ours[2] is not None
+        torch.testing.assert_close((query, key), tuple(ours[:2]), rtol=1e-4, atol=1e-5)
 
 
 def new_tokens(model, batch, **settings):

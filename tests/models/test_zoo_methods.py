@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from tests.models import tiny
 from tests.reference import recipes
-from vtkernels import zoo
+from vtkernels import attention_scores, zoo
 
 GRID = 6
 PROMPTS = [(2, 5), (1, 3), (0, 4), (1, 9)]
@@ -123,6 +124,34 @@ def test_methods_without_cls(siglip):
     assert siglip.kept("hiprune", 20, alpha=0.5) == [recipes.hiprune(m, d, GRID, 20, 0.5, False) for m, d in maps]
     pivot = int(torch.randint(GRID * GRID, (1,), generator=torch.Generator().manual_seed(5)))
     assert siglip.kept("todre", 9, seed=5) == [recipes.todre(t, pivot, 9, "max_sum") for t in siglip.tokens]
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [("fastervlm", {}), ("hiprune", {}), ("vtc_cls", {}), ("vflowopt", {"threshold": 1.0, "cell": 2})],
+)
+def test_scores_read_from_the_towers_own_pass(oracle, monkeypatch, method, options):
+    """On "vtk" its log-sum-exp serves every call, and the same patches stay."""
+    calls = []
+
+    def watched(query, key, *, lse=None, **how):
+        scores = attention_scores(query, key, lse=lse, **how)
+        torch.testing.assert_close(scores, attention_scores(query, key, **how), rtol=1e-5, atol=1e-8)
+        calls.append(lse)
+        return scores
+
+    for module in ("recipe", "methods.vflowopt"):
+        monkeypatch.setattr(sys.modules[f"vtkernels.zoo.{module}"], "attention_scores", watched)
+    owners = []
+    for implementation in ("sdpa", "vtk"):
+        oracle.model.set_attn_implementation({"vision_config": implementation})
+        calls.clear()
+        with zoo.apply(oracle.model, method, keep=12, **options) as handle, torch.no_grad():
+            oracle.model(**oracle.batch)
+        owners.append(handle.last.owner)
+        assert calls and all((lse is None) == (implementation == "sdpa") for lse in calls)
+    oracle.model.set_attn_implementation({"vision_config": "sdpa"})
+    assert torch.equal(*owners)
 
 
 class WordTokenizer:

@@ -23,6 +23,7 @@ __all__ = ["BlockLists", "Rule", "dense", "from_block_mask", "from_blocks", "fro
 
 if importlib.util.find_spec("transformers") is not None:
     from vtkernels.attention.implementations import register, sparse
+    from vtkernels.attention.recording import Pass, recording
 
-    __all__ += ["register", "sparse"]
+    __all__ += ["Pass", "recording", "register", "sparse"]
     register()

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from vtkernels.attention.lists import BlockLists, dense
+from vtkernels.attention.recording import record
 from vtkernels.attention.rules import Rule
 
 # (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call, or a rule; None: all blocks.
@@ -125,11 +126,13 @@ def _attend(
     if mask is not None:
         fits = mask.dim() == 2 and mask.shape[1] == keys and mask.dtype == torch.float32
         _serve(fits, f"a mask as padding_mask makes it, float32 [B, N = {keys}], got {mask.dtype} {list(mask.shape)}")
+    listed = lists is not None
     if lists is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         lists = _all_blocks(rows, keys, causal, query.device)
     starts = {"starts_k": _padding_left(mask)} if isinstance(lists, Rule) and mask is not None else {}
-    out, _ = lists.attend(query, key, value, scale=scaling, key_bias=mask, **starts)
+    out, lse = lists.attend(query, key, value, scale=scaling, key_bias=mask, **starts)
+    record(module, query, key, None if listed else lse, scaling, mask)
     return out.transpose(1, 2).contiguous()
 
 

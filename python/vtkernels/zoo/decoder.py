@@ -18,6 +18,7 @@ class DecoderContext:
         visual: int64 [N], where they are among the T tokens, ascending.
         query, key: [1, H, T, D] and [1, Hk, T, D] of the layer before, rotary embedding applied: what that layer
             attended with, constants of the backward pass.
+        lse: float32 [1, H, T], what normalised each row there; None where its attention leaves none (all but "vtk").
         layer: the layer that the tokens enter, of ``num_layers``; at least 1.
         num_images: how many images the prompt has.
         keep: the budget, tokens of an image.
@@ -27,6 +28,7 @@ class DecoderContext:
     visual: Tensor
     query: Tensor
     key: Tensor
+    lse: Tensor | None
     layer: int
     num_layers: int
     num_images: int
@@ -37,7 +39,8 @@ class DecoderContext:
 
         The softmax runs over all T tokens.
         """
-        return attention_scores(self.query[:, :, -1:], self.key)[:, self.visual]
+        lse = None if self.lse is None else self.lse[:, :, -1:]
+        return attention_scores(self.query[:, :, -1:], self.key, lse=lse)[:, self.visual]
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens at ``indices`` int64 [1, kept], with the indices."""

@@ -125,6 +125,8 @@ class Context:
         encoder: the vision encoder's facts.
         projections: layer -> (query, key), each [images, H, S, D] with S = [CLS] + patches, for the layers that the
             recipe asked for.
+        lse: layer -> float32 [images, H, S], what normalises each of those rows, where the encoder's attention left it
+            ("vtk"); ``attention_scores`` then need not find it again.
         questions: one int64 [length] tensor a prompt: its ids without images, padding and special tokens.
         rows: the prompt (index into ``questions``) of each image; never descending.
         embed: the language model's embedding table: ids [*] -> [*, C].
@@ -137,6 +139,7 @@ class Context:
     keep: int
     encoder: Encoder
     projections: dict[int, tuple[Tensor, Tensor]]
+    lse: dict[int, Tensor]
     questions: Sequence[Tensor]
     rows: Sequence[int]
     embed: Callable[[Tensor], Tensor]
@@ -149,9 +152,10 @@ class Context:
         [CLS] included, as in the encoder itself; only then is the [CLS] column left out.
         """
         query, key = self.projections[layer]
+        lse = self.lse.get(layer)
         if voters == "cls":
-            query = query[:, :, :1]
-        scores = attention_scores(query, key, head_reduce=head_reduce)
+            query, lse = query[:, :, :1], None if lse is None else lse[:, :, :1]
+        scores = attention_scores(query, key, lse=lse, head_reduce=head_reduce)
         patches = scores[:, 1:] if self.encoder.has_cls else scores
         # An earlier stage may have dropped patches already.
         return patches if patches.shape[1] == self.tokens.shape[1] else patches.gather(1, self.positions)

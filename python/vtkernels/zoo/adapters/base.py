@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtkernels.attention import Pass
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask
 from vtkernels.zoo.adapters.prompt import Shortened, real_tokens, rows_of_images
@@ -73,6 +74,7 @@ class Encoding:
         self.project = project
         self.encoder = encoder
         self.projections: dict[int, dict[str, Tensor]] = {}
+        self.passes: dict[int, Pass] = {}  # of those layers, on attention that leaves them
         # Known once the features are. Tokens are [images, n, C]; with different counts packed, [1, all, C].
         self.counts: list[int] = []  # of each image
         self.owner = torch.empty(0)  # int64 [images, patches]: the packed token that each patch is in, or -1
@@ -127,6 +129,7 @@ class Encoding:
             keep=claim.keep,
             encoder=self.encoder,
             projections=projections,
+            lse={layer: done.lse for layer, done in self.passes.items() if done.lse is not None},
             questions=self.questions,
             rows=self.rows,
             embed=self.embed,
@@ -276,6 +279,7 @@ class Adapter(Attachment):
             self.encoding = None
         # Queries, keys and questions are done with; generation may take long.
         self.served.projections.clear()
+        self.served.passes.clear()
         try:
             yield self.served
         finally:

@@ -24,10 +24,13 @@ from torch.nn.functional import pad
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vtkernels.attention import Pass, recording
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.base import LastRun
 from vtkernels.zoo.decoder import DecoderContext
 
+# query [B, H, T, D] and key [B, Hk, T, D], rotary embedding applied, and what normalised the rows, [B, H, T] or None.
+_Attended = tuple[Tensor, Tensor, Tensor | None]
 _SERVED = ("llama", "mistral", "qwen2")
 _SURVIVORS = "_vtk_survivors"  # on a cache: list[Survivors]
 
@@ -100,6 +103,7 @@ class DecoderStage:
         self.running = running
         self.call: _Call | None = None
         self.projections: dict[str, Tensor] = {}
+        self.passes: dict[int, Pass] = {}  # by layer, on attention that leaves them
         num_layers = len(decoder.layers)
         self.stops = self.recipe.decoder_layers(num_layers)
         self._check(num_layers)
@@ -132,11 +136,14 @@ class DecoderStage:
     def _wrap_decoder(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def shortening_forward(*args: Any, **kwargs: Any) -> Any:
             self.call = self._begin(**kwargs)
+            scored = () if self.call is None or self.call.prompts is None else self.stops
             try:
-                return forward(*args, **kwargs)
+                with recording({stop - 1: self.decoder.layers[stop - 1].self_attn for stop in scored}) as self.passes:
+                    return forward(*args, **kwargs)
             finally:
                 self.call = None
                 self.projections.clear()
+                self.passes.clear()
 
         return shortening_forward
 
@@ -224,20 +231,25 @@ class DecoderStage:
         else:
             before = self._everyone(call, hidden)
             cos, sin = embeddings
-        head_dim = self.decoder.layers[index - 1].self_attn.head_dim
-        query, key = (
-            self.projections.pop(role).unflatten(-1, (-1, head_dim)).transpose(1, 2) for role in ("q_proj", "k_proj")
-        )
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        attended = self._attended(index - 1, cos, sin)
         states, places = [], []
         for row in range(len(hidden)):
-            state, place = self._prompt(index, call, row, before.source[row], hidden[row], query[row], key[row])
+            state, place = self._prompt(index, call, row, before.source[row], hidden[row], attended)
             states.append(state)
             places.append(place)
         call.survivors.append(Survivors.of(index, places, before.length))
         self._note(index, call, places)
         longest = max(map(len, states))
         return torch.stack([pad(state, (0, 0, longest - len(state), 0)) for state in states])
+
+    def _attended(self, index: int, cos: Tensor, sin: Tensor) -> _Attended:
+        """What the layer attended with: as its pass left it, or from the projections."""
+        projected = [self.projections.pop(role) for role in ("q_proj", "k_proj")]
+        if (done := self.passes.pop(index, None)) is not None:
+            return done.query, done.key, done.lse
+        head_dim = self.decoder.layers[index].self_attn.head_dim
+        query, key = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in projected)
+        return *apply_rotary_pos_emb(query, key, cos, sin), None
 
     def _everyone(self, call: _Call, hidden: Tensor) -> Survivors:
         """Before the first stop: every token at its place."""
@@ -248,7 +260,7 @@ class DecoderStage:
         return Survivors(0, source, length, padded=bool((source < 0).any()))
 
     def _prompt(
-        self, index: int, call: _Call, row: int, source: Tensor, hidden: Tensor, query: Tensor, key: Tensor
+        self, index: int, call: _Call, row: int, source: Tensor, hidden: Tensor, attended: _Attended
     ) -> tuple[Tensor, Tensor]:
         """One prompt's surviving states [n, C] and their places int64 [n]."""
         (slots,) = (source >= 0).nonzero(as_tuple=True)
@@ -259,11 +271,14 @@ class DecoderStage:
         assert call.prompts is not None
         seen = slots[place <= call.last[row]]
         times = len(call.visual) // len(call.prompts.input_ids)
+        query, key, lse = (None if part is None else part[row : row + 1, :, seen] for part in attended)
+        assert query is not None and key is not None
         context = DecoderContext(
             tokens=states[visual].unsqueeze(0),
             visual=visual,
-            query=query[:, seen].unsqueeze(0),
-            key=key[:, seen].unsqueeze(0),
+            query=query,
+            key=key,
+            lse=lse,
             layer=index,
             num_layers=len(self.decoder.layers),
             num_images=call.prompts.rows.count(row // times),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vtkernels.attention import recording
 from vtkernels.zoo.adapters.attachment import Claim
 from vtkernels.zoo.adapters.base import Adapter, LastRun
 from vtkernels.zoo.adapters.decoder import DecoderStage
@@ -91,9 +92,11 @@ class LlavaAdapter(Adapter):
             expected = getattr(self.model.config, name)
             if call.get(name) not in (None, expected):
                 raise ValueError(f"vtkernels.zoo: expected {name}={expected!r} as configured, got {call[name]!r}")
-        output = self._get_image_features(pixel_values=call["pixel_values"], return_dict=True)
-        # Only this is used from here on; the hidden states of every layer would live as long as generation.
         assert self.encoding is not None
+        layers: Any = encoder_layers(self.model.model.vision_tower)
+        with recording({index: layers[index].self_attn for index in self.layers()}) as self.encoding.passes:
+            output = self._get_image_features(pixel_values=call["pixel_values"], return_dict=True)
+        # Only this is used from here on; the hidden states of every layer would live as long as generation.
         return _image_output(self.encoding.per_image(output.pooler_output))
 
     def _wrap_get_image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -78,6 +78,7 @@ class VFlowOpt(Recipe):
         """float32 [images, n]."""
         (layer,) = self.attention_layers(ctx.encoder)
         query, key = ctx.projections[layer]
+        lse = ctx.lse.get(layer)
         received = ctx.attention(layer, voters="all")
         anchors = received > self.threshold * received.mean(1, keepdim=True)
         anchors |= ~anchors.any(1, keepdim=True)
@@ -85,7 +86,9 @@ class VFlowOpt(Recipe):
         scores = []
         for image, chosen in enumerate(anchors):
             rows = ctx.positions[image, chosen] + first
-            votes = attention_scores(query[image : image + 1, :, rows], key[image : image + 1])
+            one = slice(image, image + 1)
+            normaliser = None if lse is None else lse[one, :, rows]
+            votes = attention_scores(query[one, :, rows], key[one], lse=normaliser)
             scores.append(votes[0, first:][ctx.positions[image]])
         return torch.stack(scores)
 
