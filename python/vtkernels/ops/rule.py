@@ -63,8 +63,8 @@ def rule_attention(
         >>> q, k = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)
         >>> v = torch.tensor([[[[8.0], [4.0], [2.0], [0.0]]]]).expand(1, 1, 4, 2).contiguous()
         >>> out, lse = rule_attention(q, k, v, torch.tensor([[1, 2, 1, 0, 0]], dtype=torch.int32))
-        >>> out[0, 0, :, 0].tolist(), [round(x, 3) for x in lse[0, 0].tolist()]
-        ([8.0, 6.0, 4.666666507720947, 3.3333332538604736], [0.0, 0.693, 1.099, 1.099])
+        >>> [[round(x, 3) for x in row.tolist()] for row in (out[0, 0, :, 0], lse[0, 0])]
+        [[8.0, 6.0, 4.667, 3.333], [0.0, 0.693, 1.099, 1.099]]
 
     StreamingLLM (arXiv 2309.17453), MInference's A-shape (arXiv 2407.02490), MoA (arXiv 2406.14909), S2-Attention
     (arXiv 2407.17678), Video-XL-2 (arXiv 2506.19225).
