@@ -1,4 +1,4 @@
-"""block_sparse_attention against SDPA and FlexAttention."""
+"""block_sparse_attention and rule_attention against SDPA and FlexAttention."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from bench.harness import Case
-from vtkernels.attention import BlockLists, dense, from_blocks
+from vtkernels.attention import BlockLists, Rule, dense, from_blocks
 
-OPS = ["block_sparse_attention", "block_sparse_attention_backward"]
+OPS = ["block_sparse_attention", "block_sparse_attention_backward", "rule_attention"]
 BLOCK = 128
+SINK, WINDOW = 64, 1024
 
 
 def tensors(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -143,6 +144,40 @@ def training_case(depth: int, dtype: torch.dtype, density: float, target: dict, 
     )
 
 
+def streaming_case(rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Sinks and a sliding window, token by token. The peers' masks are made before the clock runs."""
+    heads, key_heads, depth, before = 32 if rows == 1 else 8, 8 if rows == 1 else 2, 128, keys - rows
+    q, k, v = tensors((heads, key_heads, rows, keys, depth), dtype, device)
+    rule = Rule.streaming(SINK, WINDOW, device=device)
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        return (col <= row + before) & ((col > row + before - WINDOW) | (col < SINK))
+
+    def flex_peer() -> Callable[[], object]:
+        mask = create_block_mask(sees, 1, 1, rows, keys, device=device.type)
+        attend = torch.compile(flex_attention, dynamic=False)
+        return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)
+
+    def masked_sdpa() -> Callable[[], object]:
+        at = torch.arange(keys, device=device)
+        mask = sees(at, at, torch.arange(rows, device=device)[:, None], at)
+        return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    seen = sum(min(before + i + 1, SINK + WINDOW) for i in range(rows))
+    kept = min(keys, rows + SINK + WINDOW)
+    kind = f"{'decode' if rows == 1 else 'causal'} S{keys} H{heads}/{key_heads} D{depth}"
+    return Case(
+        "rule_attention",
+        f"{kind} {str(dtype).removeprefix('torch.')} sink {SINK} window {WINDOW}",
+        lambda: rule.attend(q, k, v),
+        {"flex": flex_peer, "sdpa masked": masked_sdpa},
+        close(dtype),
+        bytes=(k.nbytes + v.nbytes) * kept // keys + 2 * q.nbytes,
+        flops=4 * heads * seen * depth,
+        target={"flex": 1.5},
+    )
+
+
 def cases(device: torch.device) -> Iterator[Case]:
     goals = {1.0: (1.0, 1.8), 0.25: (3.5, 6.0), 0.1: (8.0, 14.0)}
     for index, dtype in enumerate((torch.float32, torch.bfloat16)):
@@ -153,3 +188,6 @@ def cases(device: torch.device) -> Iterator[Case]:
         for density, goal in {1.0: 1.0, 0.25: 3.5}.items():
             yield training_case(depth, torch.float32, density, {"sdpa dense": goal}, device)
     yield decode_case(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield streaming_case(4096, 4096, dtype, device)
+    yield streaming_case(1, 32768, torch.bfloat16, device)

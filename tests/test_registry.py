@@ -89,7 +89,7 @@ def test_opcheck(case, dtype, random):
 
 
 # They say so; the gradient never just ends there.
-WITHOUT_BACKWARD = {"kv_pack", "kv_unpack", "packed_attention"}
+WITHOUT_BACKWARD = {"rule_attention", "kv_pack", "kv_unpack", "packed_attention"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,7 +135,7 @@ def flatten(out) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize("module", ["attention", "cluster", "kv", "merge", "merge_forms", "score", "select"])
+@pytest.mark.parametrize("module", ["attention", "cluster", "kv", "merge", "merge_forms", "rule", "score", "select"])
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"vtkernels.ops.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -137,21 +137,28 @@ inline void set_key_bias(const char* op, BlockSparseAttentionParams& p, const Op
   p.bias_stride_key = bias->stride(1);
 }
 
-// On CUDA kernels clamp a length to [0, N].
-inline void set_seqlens(const char* op, BlockSparseAttentionParams& p, const OptTensor& seqlens, const Tensor& query) {
-  if (!seqlens.has_value()) return;
-  check_same_device(op, "seqlens_k", *seqlens, "query", query);
-  check_dtype(op, "seqlens_k", *seqlens, ScalarType::Int);
-  check_shape(op, "seqlens_k", *seqlens, "[B]", {p.batch});
-  p.seqlens_k = static_cast<const int32_t*>(seqlens->const_data_ptr());
-  p.seqlens_stride = seqlens->stride(0);
+// One place among the keys for each batch item. On CUDA kernels clamp it to [0, N].
+inline void set_places(const char* op, const BlockSparseAttentionParams& p, const char* name, const OptTensor& places,
+                       const Tensor& query, const int32_t*& data, int64_t& stride) {
+  if (!places.has_value()) return;
+  check_same_device(op, name, *places, "query", query);
+  check_dtype(op, name, *places, ScalarType::Int);
+  check_shape(op, name, *places, "[B]", {p.batch});
+  data = static_cast<const int32_t*>(places->const_data_ptr());
+  stride = places->stride(0);
 #if !defined(VTK_BACKEND_CUDA)
-  for (int32_t b = 0; b < p.batch; ++b) {
-    const int32_t length = p.seqlens_k[b * p.seqlens_stride];
-    VTK_CHECK(op, length >= 0 && length <= p.num_keys, "expected 0 <= seqlens_k <= N = ", p.num_keys,
-              ", got seqlens_k[", b, "] = ", length);
-  }
+  for (int32_t b = 0; b < p.batch; ++b)
+    VTK_CHECK(op, data[b * stride] >= 0 && data[b * stride] <= p.num_keys, "expected 0 <= ", name,
+              " <= N = ", p.num_keys, ", got ", name, "[", b, "] = ", data[b * stride]);
 #endif
+}
+
+inline void set_seqlens(const char* op, BlockSparseAttentionParams& p, const OptTensor& seqlens, const Tensor& query) {
+  set_places(op, p, "seqlens_k", seqlens, query, p.seqlens_k, p.seqlens_stride);
+}
+
+inline void set_starts(const char* op, BlockSparseAttentionParams& p, const OptTensor& starts, const Tensor& query) {
+  set_places(op, p, "starts_k", starts, query, p.starts_k, p.starts_stride);
 }
 
 inline void set_options(const char* op, BlockSparseAttentionParams& p, int64_t block_q, int64_t block_k, bool causal,

@@ -1,9 +1,6 @@
-// block_sparse_attention: schema, checks, allocation, launch.
-#include <tuple>
-
+// block_sparse_attention: schema, checks, launch.
 #include "attention/block_sparse_arguments.h"
-#include "common/backend.h"
-#include "common/empty.h"
+#include "attention/block_sparse_launch.h"
 
 namespace vtk {
 namespace {
@@ -26,18 +23,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
             token_offsets, query);
   set_key_bias(kOp, p, key_bias, query);
   set_seqlens(kOp, p, seqlens_k, query);
-
-  Tensor out = empty({p.batch, p.num_heads, p.num_queries, p.head_dim}, query.scalar_type(), query);
-  Tensor lse = empty({p.batch, p.num_heads, p.num_queries}, ScalarType::Float, query);
-  if (int64_t{p.batch} * p.num_heads * p.num_queries == 0) return {out, lse};
-  p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-#if defined(VTK_BACKEND_CUDA)
-  Tensor workspace = empty({block_sparse_attention_workspace(p)}, ScalarType::Float, query);
-  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-#endif
-  VTK_LAUNCH(kOp, block_sparse_attention, p, query);
-  return {out, lse};
+  return launch_forward(kOp, p, query);
 }
 
 #if defined(VTK_DEFINES_SCHEMAS)

@@ -1,4 +1,4 @@
-// block_sparse_attention on CUDA, sm_80 and later.
+// block_sparse_attention and rule_attention on CUDA, sm_80 and later.
 //
 // out_i = sum over listed n of softmax_n(scale q_i k_n + bias_n) v_n, logits in powers of two, online softmax
 //
@@ -56,8 +56,8 @@ struct RunningRows {
 };
 
 // Turns the products of a tile into weights, and scales what was summed before to the new maximum. sLimit: of the
-// warp's rows, under the causal mask.
-template <class Warp, int kKeys>
+// warp's rows, under the causal mask; kMaxRows behind it, with a rule, minus the first key of their windows.
+template <class Warp, int kMaxRows, int kKeys>
 __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>& tile, int first_key,
                       const int32_t* sLimit, float scale, bool biased) {
   float factor = scale;
@@ -75,15 +75,21 @@ __device__ void weigh(Warp& warp, RunningRows<Warp>& rows, const KeyTile<kKeys>&
 #pragma unroll
         for (int i = 0; i < Warp::kRows; ++i) warp.score[i][j] *= scale;
     }
-    int32_t limit[Warp::kRows];
-#pragma unroll
-    for (int i = 0; i < Warp::kRows; ++i) limit[i] = tile.state == TileState::kCausal ? sLimit[Warp::row(i)] : kAbsent;
-#pragma unroll
-    for (int j = 0; j < Warp::kColumns; ++j) {
-      const int32_t n = tile.key[first_key + Warp::column(j)];
+    // NOTE: both tests by one loop, for registers again: n < window is ~n >= -window.
+#pragma unroll 1
+    for (int32_t flip = 0;; flip = -1) {
+      int32_t limit[Warp::kRows];
 #pragma unroll
       for (int i = 0; i < Warp::kRows; ++i)
-        if (n >= limit[i]) warp.score[i][j] = -kInfinity;
+        limit[i] = tile.state >= TileState::kCausal ? sLimit[(flip & kMaxRows) + Warp::row(i)] : kAbsent;
+#pragma unroll
+      for (int j = 0; j < Warp::kColumns; ++j) {
+        const int32_t n = tile.key[first_key + Warp::column(j)] ^ flip;
+#pragma unroll
+        for (int i = 0; i < Warp::kRows; ++i)
+          if (n >= limit[i]) warp.score[i][j] = -kInfinity;
+      }
+      if (tile.state != TileState::kBanded || flip != 0) break;
     }
     factor = 1.0f;
   }
@@ -118,7 +124,7 @@ __global__ void __maxnreg__(P::kRegisters)
   __shared__ Task sTask;
   __shared__ KeyLists<P::kKeys> sLists;
   __shared__ KeyTile<P::kKeys> sTiles[3];  // multiplied, copied, listed
-  __shared__ int32_t sLimit[P::kMaxRows];
+  __shared__ int32_t sLimit[2 * P::kMaxRows];
   __shared__ float2 sState[P::kKeyWarps * P::kMaxRows];
   using T = typename P::T;
   using Warp = typename P::Warp;
@@ -142,7 +148,9 @@ __global__ void __maxnreg__(P::kRegisters)
     copy_queries<P, false>(p, plan, sTask, shared);
   if (static_cast<int32_t>(threadIdx.x) < plan.rows) {
     const int32_t row = min(static_cast<int32_t>(threadIdx.x), sTask.num_rows - 1);
-    sLimit[threadIdx.x] = limit_of(p, sTask.place(p, plan, row).query, sLists.length);
+    const int32_t query = sTask.place(p, plan, row).query;
+    sLimit[threadIdx.x] = limit_of(p, query, sLists.length);
+    if (sLists.ruled) sLimit[P::kMaxRows + threadIdx.x] = -sLists.window_of(query);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -185,7 +193,8 @@ __global__ void __maxnreg__(P::kRegisters)
     // Multiply.
     const unsigned char* sK = sStages + stage * P::kStageBytes + warp_key * P::kRowBytes;
     warp.multiply_keys(sQ, sK);
-    weigh(warp, rows, sTiles[now], warp_key, sLimit + warp_row, p.scale * kLog2E, p.key_bias != nullptr);
+    weigh<Warp, P::kMaxRows>(warp, rows, sTiles[now], warp_key, sLimit + warp_row, p.scale * kLog2E,
+                             p.key_bias != nullptr);
     warp.multiply_values(sK + P::kTileBytes);
     now = next;
     stage ^= 1;

@@ -1,4 +1,5 @@
 // block_sparse_attention: softmax(scale q k^T + bias) v over the key blocks that are listed for each block of queries.
+// rule_attention: the same over the keys that a rule gives (attention_rule.h).
 #pragma once
 #include <cstdint>
 
@@ -37,6 +38,11 @@ struct BlockSparseAttentionParams {
   BlockLists full;     // the same without the causal mask
   BlockLists columns;  // single keys, masked like partial blocks
   bool token_offsets;  // entries of partial and full are the first keys of their blocks instead of block numbers
+
+  const int32_t* rule;  // [H | 1, kRuleNumbers], in place of the lists and causal, or null
+  int64_t rule_stride_head;
+  const int32_t* starts_k;  // [B]: the first key that exists, with a rule, or null: 0
+  int64_t starts_stride;
 
   const float* key_bias;  // [B, N], added to the logits, or null
   int64_t bias_stride_batch, bias_stride_key;

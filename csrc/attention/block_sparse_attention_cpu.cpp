@@ -1,4 +1,4 @@
-// block_sparse_attention on the CPU.
+// block_sparse_attention and rule_attention on the CPU.
 //
 // out_i = sum over listed n of softmax_n(scale q_i k_n + bias_n) v_n, logits in powers of two, online softmax
 //
@@ -23,8 +23,9 @@ namespace {
 
 constexpr int32_t kPartKeys = 2048;  // keys of a part of a long list
 
-// Heads of one key head may be rows of one task when one list serves them all.
+// Heads of one key head may be rows of one task when one list, or one rule, serves them all.
 int32_t heads_of_a_task(const BlockSparseAttentionParams& p) {
+  if (p.rule_stride_head != 0) return 1;
   for (const BlockLists* lists : {&p.partial, &p.full, &p.columns})
     if (lists->count_stride_head != 0 || lists->entry_stride_head != 0) return 1;
   const int32_t group = p.num_heads / p.key_heads;

@@ -126,6 +126,7 @@ class FewRows {
     lanes_ = scratch<f32v>(int64_t{rows_} * kTileKeys);
     logits_ = scratch<float>(int64_t{rows_} * kTileKeys);
     limit_ = scratch<int32_t>(rows_);
+    window_ = scratch<int32_t>(rows_);
     correct_ = scratch<float>(rows_);
   }
 
@@ -180,6 +181,7 @@ class FewRows {
       for (int32_t d = 0; d < p.head_dim; ++d) to[place<T>(d, p.head_dim)] = to_float(from[d]) * scale;
       std::fill(to + p.head_dim, to + padded_, 0.0f);
       limit_[r] = limit_of(p, at.query, length);
+      if (p.rule != nullptr) window_[r] = window_of(p, b_, h_ + at.head, at.query, length);
     }
   }
 
@@ -210,6 +212,8 @@ class FewRows {
         for (int32_t i = 0; i < keys.count; ++i) x[i] += keys.bias[i];
       if (keys.causal && keys.last >= limit_[r])
         for (int32_t i = 0; i < keys.count; ++i) x[i] = keys.index[i] < limit_[r] ? x[i] : -kInfinity;
+      if (keys.banded && keys.first < window_[r])
+        for (int32_t i = 0; i < keys.count; ++i) x[i] = keys.index[i] >= window_[r] ? x[i] : -kInfinity;
       softmax(x, padded_count, out.most[r], out.sum[r], correct_[r]);
     }
     RowsAhead<T> next{ahead.key, ahead.key + ahead.keys.count, p.head_dim};
@@ -248,10 +252,10 @@ class FewRows {
   const int32_t group_, rows_, padded_;
   int32_t b_ = 0, h_ = 0;
   Tile tiles_[2];
-  Scratch<float> queries_;  // [rows][padded], scaled, dealt
-  Scratch<f32v> lanes_;     // [rows][kTileKeys], dot products before their last sum
-  Scratch<float> logits_;   // [rows][kTileKeys]
-  Scratch<int32_t> limit_;
+  Scratch<float> queries_;           // [rows][padded], scaled, dealt
+  Scratch<f32v> lanes_;              // [rows][kTileKeys], dot products before their last sum
+  Scratch<float> logits_;            // [rows][kTileKeys]
+  Scratch<int32_t> limit_, window_;  // [rows], the latter with a rule
   Scratch<float> correct_;
 };
 

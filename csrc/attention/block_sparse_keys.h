@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/attention_rule.h"
 #include "attention/block_sparse_attention.h"
 #include "common/narrow.h"
 #include "common/scratch.h"
@@ -27,6 +28,7 @@ constexpr float kLn2 = 0.693147181f;
 struct KeyTile {
   int32_t count = 0;
   bool causal = false;       // the queries' limits apply
+  bool banded = false;       // and the beginnings of their windows
   int32_t index[kTileKeys];  // ascending within a list entry
   float bias[kTileKeys];     // in powers of two
   int32_t first, last;       // the lowest and the highest index
@@ -41,6 +43,29 @@ inline int32_t limit_of(const BlockSparseAttentionParams& p, int32_t query, int3
   return p.causal ? visible_keys(query, p.num_queries, length) : length;
 }
 
+inline int32_t first_key_of(const BlockSparseAttentionParams& p, int32_t b) {
+  return p.starts_k == nullptr ? 0 : p.starts_k[b * p.starts_stride];
+}
+
+inline AttentionRule rule_of(const BlockSparseAttentionParams& p, int32_t b, int32_t h) {
+  return AttentionRule::read(p.rule + h * p.rule_stride_head, p.num_keys - first_key_of(p, b));
+}
+
+// With a rule: the key at which the window of a query begins.
+inline int32_t window_of(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t query, int32_t length) {
+  const int32_t first_key = first_key_of(p, b);
+  return first_key + rule_of(p, b, h).window_start(query + length - p.num_queries - first_key);
+}
+
+inline RuleRanges rule_ranges(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
+  const int32_t first_key = first_key_of(p, b);
+  const int32_t first = row * p.block_q, last = std::min(first + p.block_q, p.num_queries) - 1;
+  const int32_t to_position = length_of(p, b) - p.num_queries - first_key;
+  RuleRanges ranges;
+  ranges.open(rule_of(p, b, h), first + to_position, last + to_position, first_key);
+  return ranges;
+}
+
 // One list of one block of queries.
 struct List {
   const int32_t* entries;
@@ -53,13 +78,13 @@ inline List list_of(const BlockLists& lists, int32_t b, int32_t h, int32_t row) 
           lists.counts[b * lists.count_stride_batch + h * lists.count_stride_head + row * lists.count_stride_row]};
 }
 
-// Consecutive keys; `masked`: each query sees those below its limit.
+// Consecutive keys; `masked`: each query sees those below its limit; `banded`: and not below its window.
 struct KeyRange {
   int32_t begin, end;
-  bool masked;
+  bool masked, banded;
 };
 
-// The lists of one block of queries as one sequence of entries: those under the causal mask first.
+// The lists of one block of queries as one sequence of entries, those under the causal mask first; or a rule's ranges.
 class Entries {
  public:
   Entries(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row)
@@ -68,27 +93,35 @@ class Entries {
         full_(list_of(p.full, b, h, row)),
         block_(p.block_k),
         step_(p.token_offsets ? 1 : p.block_k),
-        causal_(p.causal) {}
+        causal_(p.causal),
+        ruled_(p.rule != nullptr) {
+    if (ruled_) ranges_ = rule_ranges(p, b, h, row);
+  }
 
-  int32_t count() const { return partial_.count + columns_.count + full_.count; }
+  int32_t count() const { return ruled_ ? ranges_.count() : partial_.count + columns_.count + full_.count; }
 
   // Of an entry, the keys below `length`.
   KeyRange keys(int32_t entry, int32_t length) const {
+    if (ruled_) {
+      const Range keys = ranges_.keys(entry);
+      return {keys.begin, keys.end, true, ranges_.banded && entry >= ranges_.first_window()};
+    }
     const int32_t masked = partial_.count + columns_.count;
     if (entry >= partial_.count && entry < masked) {
       const int32_t n = columns_.entries[entry - partial_.count];
-      return {n, std::min(n + 1, length), causal_};
+      return {n, std::min(n + 1, length), causal_, false};
     }
     const bool under_mask = entry < masked;
     const int64_t start = int64_t{under_mask ? partial_.entries[entry] : full_.entries[entry - masked]} * step_;
     return {static_cast<int32_t>(std::min<int64_t>(start, length)),
-            static_cast<int32_t>(std::min<int64_t>(start + block_, length)), causal_ && under_mask};
+            static_cast<int32_t>(std::min<int64_t>(start + block_, length)), causal_ && under_mask, false};
   }
 
  private:
   List partial_, columns_, full_;
   int32_t block_, step_;
-  bool causal_;
+  bool causal_, ruled_;
+  RuleRanges ranges_{};  // instead of lists
 };
 
 class KeyStream {
@@ -106,7 +139,7 @@ class KeyStream {
     open_entry();
   }
 
-  // False when no key is left. A tile has keys under the causal mask or keys without it, not both.
+  // False when no key is left. A tile has keys under the same masks.
   bool next(KeyTile& tile) {
     tile.count = 0;
     for (; entry_ < end_ && tile.count < kTileKeys;) {
@@ -117,9 +150,10 @@ class KeyStream {
       }
       if (tile.count == 0) {
         tile.causal = keys_.masked;
+        tile.banded = keys_.banded;
         tile.first = std::numeric_limits<int32_t>::max();
         tile.last = 0;
-      } else if (tile.causal != keys_.masked) {
+      } else if (tile.causal != keys_.masked || tile.banded != keys_.banded) {
         break;
       }
       append(tile);

@@ -161,16 +161,27 @@ inline void add_bias(const KeyTile& tile, float* logits) {
       store(&logits[n * kGroup + v], load(&logits[n * kGroup + v]) + tile.bias[n]);
 }
 
-// -inf where a lane's limit hides a key.
-inline void hide(const KeyTile& tile, const int32_t* limits, float* logits) {
+// -inf where sees(key, a lane's bound) does not hold.
+template <class Sees>
+void hide_unless(const KeyTile& tile, const int32_t* bounds, float* logits, const Sees& sees) {
   for (int v = 0; v < kGroup; v += kLanes) {
-    i32v limit;
-    std::memcpy(&limit, limits + v, sizeof limit);
+    i32v bound;
+    std::memcpy(&bound, bounds + v, sizeof bound);
     for (int32_t n = 0; n < tile.count; ++n) {
       float* x = &logits[n * kGroup + v];
-      store(x, tile.index[n] < limit ? load(x) : splat(-kInfinity));
+      store(x, sees(tile.index[n], bound) ? load(x) : splat(-kInfinity));
     }
   }
+}
+
+// -inf where a lane's limit hides a key.
+inline void hide(const KeyTile& tile, const int32_t* limits, float* logits) {
+  hide_unless(tile, limits, logits, [](int32_t n, i32v limit) { return n < limit; });
+}
+
+// -inf where a key is before a lane's window.
+inline void hide_before(const KeyTile& tile, const int32_t* windows, float* logits) {
+  hide_unless(tile, windows, logits, [](int32_t n, i32v window) { return n >= window; });
 }
 
 }  // namespace

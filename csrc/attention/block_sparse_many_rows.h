@@ -54,6 +54,7 @@ class ManyRows {
     max_ = scratch<float>(rows);
     sum_ = scratch<float>(rows);
     limit_ = scratch<int32_t>(rows);
+    window_ = scratch<int32_t>(rows);
     row_ = scratch<float>(round_up<int64_t>(p.head_dim, kLanes));
     logits_ = scratch<float>(kTileKeys * kGroup);
   }
@@ -70,7 +71,7 @@ class ManyRows {
     while (keys.next(tile_)) {
       products_.load_tile(tile_, b, key_head_);
       for (int32_t g = 0; g < num_groups(); ++g)
-        if (!tile_.causal || tile_.first < limit_[std::min((g + 1) * kGroup, num_rows_) - 1]) attend(g);
+        if (sees_tile(g)) attend(g);
     }
     write();
   }
@@ -80,11 +81,19 @@ class ManyRows {
     return round_up(std::min(p.block_q, p.num_queries), kGroup);
   }
   int32_t num_groups() const { return ceil_div(num_rows_, kGroup); }
+  int32_t last_row(int32_t g) const { return std::min((g + 1) * kGroup, num_rows_) - 1; }
+  bool sees_tile(int32_t g) const {
+    return (!tile_.causal || tile_.first < limit_[last_row(g)]) && (!tile_.banded || tile_.last >= window_[g * kGroup]);
+  }
 
   void load_queries() {
     products_.load_queries(b_, h_, first_row_, num_rows_);
     const int32_t padded = num_groups() * kGroup, length = length_of(p, b_);
-    for (int32_t r = 0; r < padded; ++r) limit_[r] = limit_of(p, first_row_ + std::min(r, num_rows_ - 1), length);
+    for (int32_t r = 0; r < padded; ++r) {
+      const int32_t query = first_row_ + std::min(r, num_rows_ - 1);
+      limit_[r] = limit_of(p, query, length);
+      if (p.rule != nullptr) window_[r] = window_of(p, b_, h_, query, length);
+    }
     std::fill_n(max_.get(), padded, -kInfinity);
     std::fill_n(sum_.get(), padded, 0.0f);
     std::fill_n(out_.get(), int64_t{padded} * p.head_dim, 0.0f);
@@ -94,6 +103,7 @@ class ManyRows {
     products_.dot_keys(g, tile_.count, logits_.get());
     if (p.key_bias != nullptr) add_bias(tile_, logits_.get());
     if (tile_.causal && tile_.last >= limit_[g * kGroup]) hide(tile_, &limit_[g * kGroup], logits_.get());
+    if (tile_.banded && tile_.first < window_[last_row(g)]) hide_before(tile_, &window_[g * kGroup], logits_.get());
     f32v correct_low, correct_high;
     softmax(g, 0, correct_low);
     softmax(g, kLanes, correct_high);
@@ -135,6 +145,7 @@ class ManyRows {
   Scratch<float> out_;           // [groups][D][group]
   Scratch<float> max_, sum_;     // [rows], the maximum in powers of two
   Scratch<int32_t> limit_;       // [rows]
+  Scratch<int32_t> window_;      // [rows], with a rule
   Scratch<float> row_, logits_;  // [D], [keys][group]
 };
 

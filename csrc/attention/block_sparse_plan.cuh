@@ -87,6 +87,7 @@ struct Task {
 };
 
 inline int32_t heads_of_a_block(const BlockSparseAttentionParams& p) {
+  if (p.rule_stride_head != 0) return 1;
   for (const BlockLists* lists : {&p.partial, &p.full, &p.columns})
     if (lists->count_stride_head != 0 || lists->entry_stride_head != 0) return 1;
   return p.num_queries < kPackBelow ? p.num_heads / p.key_heads : 1;
@@ -99,6 +100,7 @@ inline int32_t list_rows(const BlockSparseAttentionParams& p) {
 
 // Keys of a list, at most: lists that repeat keys are not worth a finer cut.
 inline int64_t listed_keys(const BlockSparseAttentionParams& p) {
+  if (p.rule != nullptr) return p.num_keys;  // its numbers are on the device
   auto keys = [&](const BlockLists& lists, int64_t size) {
     return std::min<int64_t>(lists.capacity * size, p.num_keys);
   };

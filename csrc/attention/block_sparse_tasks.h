@@ -31,6 +31,7 @@ struct QueryBlock {
 };
 
 inline int64_t keys_listed(const BlockSparseAttentionParams& p, int32_t b, int32_t h, int32_t row) {
+  if (p.rule != nullptr) return rule_ranges(p, b, h, row).num_keys();
   const int32_t blocks = list_of(p.partial, b, h, row).count, full = list_of(p.full, b, h, row).count;
   const int32_t last = std::min((row + 1) * p.block_q, p.num_queries) - 1;
   const int32_t seen = std::max(0, limit_of(p, last, length_of(p, b)));

@@ -12,6 +12,7 @@ from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_se
 from vtkernels.ops.kv import kv_pack, kv_unpack, packed_attention
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
 from vtkernels.ops.merge_forms import bipartite_match_varlen, bipartite_merge_varlen, merge_apply_tensors
+from vtkernels.ops.rule import rule_attention
 from vtkernels.ops.score import attention_scores, energy_scores
 from vtkernels.ops.select import (
     prune_gather,
@@ -45,6 +46,7 @@ __all__ = [
     "prune_gather_attention",
     "prune_gather_tensors",
     "prune_gather_varlen",
+    "rule_attention",
     "select_cover",
     "select_diverse",
     "temporal_segments",

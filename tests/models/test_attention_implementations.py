@@ -152,6 +152,31 @@ def test_a_producers_lists_are_attended():
     torch.testing.assert_close(logits("vtk_sparse", None), logits("sdpa", None), rtol=1e-4, atol=1e-5)
 
 
+def test_a_rule_that_sees_everything_generates_sdpas_tokens():
+    model, everything = llama(), vtkernels.attention.Rule.streaming(0, 1000)
+    with vtkernels.attention.sparse(model, lambda *_: everything):
+        same_as_sdpa(model, "vtk_sparse", prompts([5, 140, 17]))
+
+
+@pytest.mark.parametrize("lengths", [[150], [5, 140, 17]])
+def test_a_streaming_rule_in_prefill_and_decoding(lengths):
+    """Token by token, what a masked sdpa of each prompt alone, without its padding, generates."""
+    model, inputs = llama(), prompts(lengths)
+    rule = vtkernels.attention.Rule.streaming(4, 20)
+    with vtkernels.attention.sparse(model, lambda *_: rule):
+        ids, logits = generated(model, "vtk_sparse", inputs)
+    model.set_attn_implementation("sdpa")
+    for row, length in enumerate(lengths):
+        alone = ids[row, -12 - length :]
+        at = torch.arange(len(alone))
+        back = at[:, None] - at
+        seen = (back >= 0) & ((back < 20) | (at < 4))
+        with torch.no_grad():
+            expected = model(input_ids=alone[None], attention_mask=seen[None, None]).logits[0, -13:-1]
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(expected.argmax(-1), alone[-12:])
+
+
 def attentions(model):
     return {layer.self_attn.layer_idx: layer.self_attn for layer in model.model.layers}
 

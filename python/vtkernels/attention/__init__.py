@@ -1,4 +1,4 @@
-"""Attention over listed key blocks: the lists, and attention implementations for transformers.
+"""Attention over listed key blocks or by a rule: the lists, the rules, and attention implementations for transformers.
 
 Importing this module registers ``"vtk"`` and ``"vtk_sparse"`` with transformers, where that is installed::
 
@@ -17,8 +17,9 @@ from vtkernels.attention.lists import (
     from_mask,
     to_block_mask,
 )
+from vtkernels.attention.rules import Rule
 
-__all__ = ["BlockLists", "dense", "from_block_mask", "from_blocks", "from_bsr", "from_mask", "to_block_mask"]
+__all__ = ["BlockLists", "Rule", "dense", "from_block_mask", "from_blocks", "from_bsr", "from_mask", "to_block_mask"]
 
 if importlib.util.find_spec("transformers") is not None:
     from vtkernels.attention.implementations import register, sparse

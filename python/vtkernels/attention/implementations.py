@@ -1,7 +1,8 @@
 """The attention implementations ``"vtk"`` and ``"vtk_sparse"`` of transformers.
 
 Both run :func:`vtkernels.block_sparse_attention`, in prefill and in decoding, with grouped queries, padding on either
-side and any cached length per layer. ``"vtk"`` lists all blocks; ``"vtk_sparse"`` lists what :func:`sparse` says.
+side and any cached length per layer. ``"vtk"`` lists all blocks; ``"vtk_sparse"`` attends to what :func:`sparse` says,
+by lists or by a rule (:func:`vtkernels.rule_attention`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from vtkernels.attention.lists import BlockLists, dense
 from vtkernels.attention.recording import record
+from vtkernels.attention.rules import Rule
 
-# (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call; None: all blocks.
-Producer = Callable[[Any, Tensor, Tensor], BlockLists | None]
+# (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call, or a rule; None: all blocks.
+Producer = Callable[[Any, Tensor, Tensor], BlockLists | Rule | None]
 _PRODUCER = "_vtk_lists"
 
 
@@ -39,7 +41,8 @@ def sparse(model: Any, producer: Producer) -> Iterator[None]:
     Args:
         model: a transformers model after ``model.set_attn_implementation("vtk_sparse")``.
         producer: called with the attention module, its query ``[B, H, Q, D]`` and its key ``[B, Hk, N, D]``, rotary
-            embedding applied; returns the call's lists, or None for all blocks (in decoding steps, for example).
+            embedding applied; returns the call's lists, a rule (whose positions then count from the end of a padding
+            on the left), or None for all blocks (in decoding steps, for example).
     """
     modules = list(model.modules())
     for module in modules:
@@ -100,7 +103,7 @@ def padding_mask(
 
 
 def _attend(
-    lists: BlockLists | None,
+    lists: BlockLists | Rule | None,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -127,9 +130,15 @@ def _attend(
     if lists is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         lists = _all_blocks(rows, keys, causal, query.device)
-    out, lse = lists.attend(query, key, value, scale=scaling, key_bias=mask)
+    starts = {"starts_k": _padding_left(mask)} if isinstance(lists, Rule) and mask is not None else {}
+    out, lse = lists.attend(query, key, value, scale=scaling, key_bias=mask, **starts)
     record(module, query, key, None if listed else lse, scaling, mask)
     return out.transpose(1, 2).contiguous()
+
+
+def _padding_left(mask: Tensor) -> Tensor:
+    """int32 [B]: how many keys of padding stand before the first other one."""
+    return (mask == 0.0).int().argmax(-1).int()
 
 
 @functools.lru_cache(maxsize=64)

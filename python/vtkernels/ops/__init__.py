@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import attention, cluster, kv, merge, merge_forms, score, select
+from vtkernels.ops import attention, cluster, kv, merge, merge_forms, rule, score, select
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -16,6 +16,7 @@ PUBLIC = {
     "select_cover": select.select_cover,
     "block_sparse_attention": attention.block_sparse_attention,
     "block_sparse_attention_backward": attention.block_sparse_attention_backward,
+    "rule_attention": rule.rule_attention,
     "kv_pack": kv.kv_pack,
     "kv_unpack": kv.kv_unpack,
     "packed_attention": kv.packed_attention,
