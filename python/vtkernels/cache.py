@@ -62,7 +62,7 @@ class PackedKVLayer(DynamicLayer):
 
     def _keep(self, keys: Tensor, values: Tensor, *, pack: bool) -> None:
         """Makes these the tokens in no page, or with ``pack`` what they leave when full pages have been packed."""
-        full = max(keys.shape[2] - self.window, 0) // PAGE_TOKENS * PAGE_TOKENS if pack else 0
+        full = max(keys.shape[-2] - self.window, 0) // PAGE_TOKENS * PAGE_TOKENS if pack else 0
         if full > 0:
             pages = Pages.of(keys, values, self.format) if self.pages is None else self.pages
             self.pages = pages.append(keys[:, :, :full], values[:, :, :full])
@@ -81,18 +81,21 @@ class PackedKVLayer(DynamicLayer):
         Raises:
             ValueError: a positive number, or more tokens than are in no page.
         """
+        self.check_crop(tokens_to_remove)
+        if self.is_initialized:
+            kept = self.keys.shape[-2] + tokens_to_remove
+            self._keep(self.keys[..., :kept, :], self.values[..., :kept, :], pack=self.record_past)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what :meth:`crop` raises."""
         if tokens_to_remove > 0:
             raise ValueError(f"PackedKVCache.crop: expected tokens_to_remove <= 0, got {tokens_to_remove}")
         residual = super().get_seq_length()
-        if tokens_to_remove == residual == 0:
-            return
         if -tokens_to_remove > residual:
             raise ValueError(
                 f"PackedKVCache.crop: expected to remove at most the {residual} tokens that are in no page, got "
                 f"{-tokens_to_remove}; a window keeps more of them"
             )
-        kept = residual + tokens_to_remove
-        self._keep(self.keys[:, :, :kept], self.values[:, :, :kept], pack=self.record_past)
 
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -186,6 +189,12 @@ class PackedKVCache(Cache):
             raise ValueError(f"PackedKVCache: expected window >= 0, got {window}")
         formats = _formats(format, config.num_hidden_layers)
         super().__init__(layers=[PackedKVLayer(each, window=window, unpack=unpack) for each in formats])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` tokens of every layer, or of none where one cannot: ``ValueError``."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

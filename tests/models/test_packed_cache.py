@@ -89,9 +89,7 @@ def test_the_embedded_model(asked, method):
         model.set_attn_implementation("vtk")
         cache, low = PackedKVCache(model.config, NONE), PackedKVCache(model.config, "int4/int4/64")
         assert torch.equal(tokens(model, inputs, cache, 40), expected)
-        assert torch.equal(
-            tokens(model, inputs, low, 40), expected
-        )  # trained: 4 bits do not move its answer
+        assert torch.equal(tokens(model, inputs, low, 40), expected)  # trained: 4 bits do not move it
     lengths = [layer.get_seq_length() for layer in cache.layers]
     assert (len(set(lengths)) > 1) == (method is not None)
     packed = [0 if layer.pages is None else layer.pages.tokens for layer in low.layers]
@@ -172,6 +170,15 @@ def test_cropped_tokens_leave_no_trace():
     with pytest.raises(ValueError, match="expected tokens_to_remove <= 0, got 5"):
         other.crop(5)
     assert other.get_seq_length() == 128
+
+
+def test_layers_are_cropped_all_or_none():
+    _, cache = filled(NONE, 200)
+    cache.layers[1].crop(-70)
+    with pytest.raises(ValueError, match="at most the 2 tokens"):
+        cache.crop(-3)
+    cache.crop(-2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [198, 128, 198]
 
 
 @pytest.mark.parametrize("format", LOW)
