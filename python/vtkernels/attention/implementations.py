@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from vtkernels.attention.lists import BlockLists, dense
-from vtkernels.attention.recording import record
+from vtkernels.attention.recording import is_recorded, record
 from vtkernels.attention.rules import Rule
+from vtkernels.kv.pages import PackedKeysValues
 
 # (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call, or a rule; None: all blocks.
 Producer = Callable[[Any, Tensor, Tensor], BlockLists | Rule | None]
@@ -55,9 +56,14 @@ def sparse(model: Any, producer: Producer) -> Iterator[None]:
 
 
 def dense_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor | PackedKeysValues,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """The implementation ``"vtk"``."""
+    """The implementation ``"vtk"``; keys of :class:`vtkernels.cache.PackedKVCache` it reads packed."""
     return _attend(None, module, query, key, value, attention_mask, **options), None
 
 
@@ -106,7 +112,7 @@ def _attend(
     lists: BlockLists | Rule | None,
     module: Any,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | PackedKeysValues,
     value: Tensor,
     mask: Tensor | None,
     *,
@@ -117,7 +123,7 @@ def _attend(
     **others: Any,
 ) -> Tensor:
     """Attention of one call: [B, Q, H, D], as transformers wants it."""
-    rows, keys = query.shape[2], key.shape[2]
+    rows, keys = query.shape[2], key.tokens if isinstance(key, PackedKeysValues) else key.shape[2]
     for name in ("softcap", "s_aux", "position_bias"):
         _serve(others.get(name) is None, f"no {name}")
     _serve(dropout == 0.0, f"no dropout, got {dropout}")
@@ -126,9 +132,14 @@ def _attend(
     if mask is not None:
         fits = mask.dim() == 2 and mask.shape[1] == keys and mask.dtype == torch.float32
         _serve(fits, f"a mask as padding_mask makes it, float32 [B, N = {keys}], got {mask.dtype} {list(mask.shape)}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     listed = lists is not None
+    if isinstance(key, PackedKeysValues):
+        _serve(mask is None, "no padding in a batch whose keys are packed, or PackedKVCache(unpack=True)")
+        _serve(not listed and not is_recorded(module), "no lists, rules or recording of a call that reads packed keys")
+        out, _ = key.pages.attend(query, key.keys, key.values, causal=causal, scale=scaling)
+        return out.transpose(1, 2).contiguous()
     if lists is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         lists = _all_blocks(rows, keys, causal, query.device)
     starts = {"starts_k": _padding_left(mask)} if isinstance(lists, Rule) and mask is not None else {}
     out, lse = lists.attend(query, key, value, scale=scaling, key_bias=mask, **starts)

@@ -57,6 +57,11 @@ def recording(modules: Mapping[Any, Any]) -> Iterator[dict[Any, Pass]]:
                 del module.__dict__[_RECORDS]
 
 
+def is_recorded(module: Any) -> bool:
+    """Whether anybody records the calls of ``module``."""
+    return bool(module.__dict__.get(_RECORDS))
+
+
 def record(
     module: Any, query: Tensor, key: Tensor, lse: Tensor | None, scale: float | None, key_bias: Tensor | None
 ) -> None:

@@ -1,0 +1,284 @@
+"""PackedKVCache: generation on packed pages, and what a layer packs, forgets, reorders and refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import transformers
+
+import vtkernels.attention
+from tests.models.test_attention_implementations import attentions, llama, prompts, qwen2_5_vl, qwen_inputs
+from vtkernels import kv_pack, zoo
+from vtkernels.cache import PackedKVCache, PackedKVLayer
+from vtkernels.kv import PAGE_TOKENS, KVFormat, channel_order
+from vtkernels.zoo import embedded
+from vtkernels.zoo.embedded import evaluate
+
+NONE = "none/none/64"
+LOW = ["int4/int4/32", "mix/ternary5/128", "sign/ternary/64"]
+
+
+def on(implementation, **options):
+    model = llama(max_position_embeddings=512, **options)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def tokens(model, inputs, cache=None, count=12, **options):
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=count, do_sample=False, **options)
+
+
+@torch.no_grad()
+def step(model, ids, cache):
+    return model(input_ids=ids, past_key_values=cache).logits
+
+
+def filled(format, length=300, **options):
+    """A vtk model and its cache after a prompt."""
+    model = on("vtk")
+    cache = PackedKVCache(model.config, format, **options)
+    step(model, prompts([length, length])["input_ids"], cache)
+    return model, cache
+
+
+def draw(random, count, *, batch=2, head_dim=16):
+    return torch.randn(2, batch, 2, count, head_dim, generator=random)
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_none_generates_what_sdpa_generates(window):
+    inputs = prompts([200, 200])
+    cache = PackedKVCache(on("vtk").config, NONE, window=window)
+    assert torch.equal(tokens(on("vtk"), inputs, cache, 150), tokens(on("sdpa"), inputs, count=150))
+    assert [layer.pages.tokens for layer in cache.layers] == [256] * 3
+    assert cache.get_seq_length() == 349
+
+
+def test_qwen2_5_vl():
+    model, inputs = qwen2_5_vl(), qwen_inputs()
+    ids = torch.cat([prompts([250])["input_ids"], inputs["input_ids"][1:]], dim=1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 110).int()}
+    model.set_attn_implementation("sdpa")
+    expected = tokens(model, inputs)
+    model.set_attn_implementation("vtk")
+    cache = PackedKVCache(model.config, NONE)
+    assert torch.equal(tokens(model, inputs, cache), expected)
+    assert [layer.pages.tokens for layer in cache.layers] == [256] * 2
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """The embedded model, and a question of more than two pages with a long answer."""
+    model, processor = embedded.load()
+    pictures, questions = evaluate.drawn(1, video=False, seed=5)
+    inputs = evaluate.ask(processor, pictures, [questions[-1].text])
+    assert inputs["input_ids"].shape[1] > 2 * PAGE_TOKENS
+    return model, inputs
+
+
+@pytest.mark.parametrize("method", [None, "holitom"])
+def test_the_embedded_model(asked, method):
+    """As it is, and with layers of different lengths, as pruning between them leaves a cache."""
+    model, inputs = asked
+    with zoo.apply(model, method, keep=0.7) if method else contextlib.nullcontext():
+        model.set_attn_implementation("sdpa")
+        expected = tokens(model, inputs, count=40)
+        model.set_attn_implementation("vtk")
+        cache, low = PackedKVCache(model.config, NONE), PackedKVCache(model.config, "int4/int4/64")
+        assert torch.equal(tokens(model, inputs, cache, 40), expected)
+        assert torch.equal(tokens(model, inputs, low, 40), expected)  # trained: 4 bits do not move it
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert (len(set(lengths)) > 1) == (method is not None)
+    packed = [0 if layer.pages is None else layer.pages.tokens for layer in low.layers]
+    assert packed == [length // 128 * 128 for length in lengths]
+
+
+@pytest.mark.parametrize("format", LOW)
+def test_steps_attend_to_what_the_pages_read_as(format):
+    """Each step, of one token or several, against dense attention on the same pages unpacked."""
+    model, cache = filled(format, 250)
+    dense, first = on("sdpa"), None
+    for number in range(12):
+        ids = prompts([1 + 4 * (number % 3 == 1)] * 2)["input_ids"] + number
+        unpacked = copy.deepcopy(cache)
+        for layer in unpacked.layers:
+            layer.unpack = True
+        torch.testing.assert_close(step(model, ids, cache), step(dense, ids, unpacked), rtol=1e-4, atol=1e-5)
+        pages = [x[:, :, :1].clone() for layer in cache.layers for x in layer.pages.packed]
+        first = first or pages
+        assert all(map(torch.equal, pages, first))
+    assert cache.layers[0].pages.tokens == 256
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("format", [*LOW, "fp8/int2@token/32"])
+def test_appending_equals_packing_at_once(format, window):
+    random = torch.Generator().manual_seed(0)
+    form, (k, v) = KVFormat.parse(format), draw(random, 430, head_dim=32)
+    layer, at = PackedKVLayer(form, window=window), 0
+    for count in (100, 1, 60, 1, 1, 200, 67):
+        layer.update(k[:, :, at : at + count], v[:, :, at : at + count])
+        at += count
+        packed = 0 if layer.pages is None else layer.pages.tokens
+        assert layer.get_seq_length() == at and packed == max(at - window, 0) // 128 * 128
+    order = channel_order(k[:, :, : 161 if window == 0 else 363]) if form.k_scheme == "mix" else None
+    once = kv_pack(k[:, :, :packed], v[:, :, :packed], **form.options, k_order=order)
+    assert all(map(torch.equal, layer.pages.packed, once))
+    assert torch.equal(layer.keys, k[:, :, packed:]) and torch.equal(layer.values, v[:, :, packed:])
+
+
+def test_speculation(monkeypatch):
+    """Rejected tokens were in no page, whatever page they would have filled."""
+    cropped, crop = [], PackedKVLayer.crop
+    monkeypatch.setattr(PackedKVLayer, "crop", lambda layer, count: cropped.append(count) or crop(layer, count))
+    half = prompts([125])["input_ids"]
+    inputs = {"input_ids": half.repeat(1, 2)}  # something to look up
+    cache = PackedKVCache(on("vtk").config, NONE)
+    options = {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1}
+    assert torch.equal(tokens(on("vtk"), inputs, cache, 20, **options), tokens(on("sdpa"), inputs, count=20))
+    assert cache.layers[0].pages.tokens == 256 and min(cropped) < 0
+
+
+def test_beams():
+    inputs, cache = prompts([250]), PackedKVCache(on("vtk").config, NONE)
+    expected = tokens(on("sdpa"), inputs, count=20, num_beams=3)
+    assert torch.equal(tokens(on("vtk"), inputs, cache, 20, num_beams=3), expected)
+    assert cache.layers[0].pages.tokens == 256
+
+
+def test_cropped_tokens_leave_no_trace():
+    random = torch.Generator().manual_seed(1)
+    k, v = draw(random, 140)
+    layer, other = (PackedKVLayer(KVFormat("int4", "int4")) for _ in range(2))
+    layer.activate_past_recording()
+    layer.update(k[:, :, :120], v[:, :, :120])
+    layer.crop(0)
+    layer.update(v[:, :, :10], k[:, :, :10])
+    assert layer.get_seq_length() == 130 and layer.pages is None
+    layer.crop(-10)
+    layer.update(k[:, :, 120:], v[:, :, 120:])
+    layer.crop(0)
+    other.update(k, v)
+    assert all(map(torch.equal, layer.pages.packed, other.pages.packed)) and torch.equal(layer.keys, other.keys)
+    other.crop(-12)
+    assert other.get_seq_length() == 128
+    with pytest.raises(ValueError, match="at most the 0 tokens that are in no page, got 1; a window keeps more"):
+        other.crop(-1)
+    with pytest.raises(ValueError, match="expected tokens_to_remove <= 0, got 5"):
+        other.crop(5)
+    assert other.get_seq_length() == 128
+
+
+def test_layers_are_cropped_all_or_none():
+    _, cache = filled(NONE, 200)
+    cache.layers[1].crop(-70)
+    with pytest.raises(ValueError, match="at most the 2 tokens"):
+        cache.crop(-3)
+    cache.crop(-2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [198, 128, 198]
+
+
+@pytest.mark.parametrize("format", LOW)
+def test_batch_items(format):
+    """Reordered, repeated and chosen, as if the cache had been filled so."""
+    k, v = draw(torch.Generator().manual_seed(2), 150, batch=3)
+    places = torch.tensor([2, 0, 0])
+    for change, index in (
+        (lambda layer: layer.reorder_cache(places), places),
+        (lambda layer: layer.batch_select_indices(places[:1]), places[:1]),
+        (lambda layer: layer.batch_repeat_interleave(2), torch.arange(3).repeat_interleave(2)),
+    ):
+        layer, other = (PackedKVLayer(KVFormat.parse(format), unpack=True) for _ in range(2))
+        layer.update(k, v)
+        change(layer)
+        other.update(k[index], v[index])
+        new = torch.ones(len(index), 2, 1, 16)
+        for ours, theirs in zip(layer.update(new, new), other.update(new, new), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_bytes():
+    """Every layer by its own format."""
+    formats = [NONE, "mix/ternary5/128", KVFormat("int2", "sign", 32)]
+    _, cache = filled(lambda layer: formats[layer], 300)
+    expected = 0
+    for format in formats:
+        form = KVFormat.parse(format) if isinstance(format, str) else format
+        order = 4 * 16 * (form.k_scheme == "mix")
+        pages = 2 * sum(side.total for side in form.page_size(16, torch.float32))
+        expected += 4 * (pages + order) + 4 * 44 * 16 * 2 * 4  # 2 x 2 heads, 44 tokens in float32
+    assert cache.nbytes == expected
+    assert cache.bits_per_element == 8 * expected / (3 * 4 * 300 * 16 * 2)
+    layer = PackedKVLayer(KVFormat("int4", "int4", 128))
+    layer.update(*draw(torch.Generator().manual_seed(3), 256))
+    assert 8 * layer.nbytes / layer.elements == 4.25
+    assert layer.keys.untyped_storage().nbytes() == 0  # no view of what has been packed
+
+
+def test_reset():
+    model, cache = filled("mix/ternary/64", 140)
+    packed, bytes_before = cache.layers[2].pages.packed, cache.nbytes
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0 and cache.bits_per_element != cache.bits_per_element
+    step(model, prompts([140, 140])["input_ids"], cache)
+    assert cache.nbytes == bytes_before and all(map(torch.equal, cache.layers[2].pages.packed, packed))
+
+
+def test_a_failed_append_leaves_the_layer_as_it_was():
+    layer = PackedKVLayer(KVFormat("int4", "int4"))
+    layer.update(torch.ones(1, 2, 100, 12), torch.ones(1, 2, 100, 12))
+    with pytest.raises(RuntimeError, match=r"kv_pack: .*multiple of 8"):
+        layer.update(torch.ones(1, 2, 30, 12), torch.ones(1, 2, 30, 12))
+    assert layer.get_seq_length() == 100 and layer.pages is None
+
+
+def test_padded_batches_are_unpacked_or_refused():
+    inputs = prompts([200, 150])
+    with pytest.raises(NotImplementedError, match=r"no padding in a batch .* or PackedKVCache\(unpack=True\)"):
+        tokens(on("vtk"), inputs, PackedKVCache(on("vtk").config))
+    for implementation in ("vtk", "sdpa"):
+        cache = PackedKVCache(on("vtk").config, NONE, unpack=True)
+        assert torch.equal(tokens(on(implementation), inputs, cache), tokens(on("sdpa"), inputs))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_is_told(implementation):
+    _, cache = filled("int4/int4/32")
+    with pytest.raises(NotImplementedError, match='expected the attention "vtk"'):
+        step(on(implementation), torch.ones(2, 1, dtype=torch.long), cache)
+
+
+def test_lists_and_recordings_are_refused():
+    model, cache = filled("int4/int4/32")
+    model.set_attn_implementation("vtk_sparse")
+    one, rule = torch.ones(2, 1, dtype=torch.long), vtkernels.attention.Rule.streaming(4, 20)
+    with vtkernels.attention.sparse(model, lambda *_: None):
+        step(model, one, cache)
+    assert cache.get_seq_length() == 301
+    with (
+        vtkernels.attention.sparse(model, lambda *_: rule),
+        pytest.raises(NotImplementedError, match="no lists, rules or recording"),
+    ):
+        step(model, one, cache)
+    model, cache = filled("int4/int4/32")
+    with (
+        vtkernels.attention.recording(attentions(model)),
+        pytest.raises(NotImplementedError, match="no lists, rules or recording"),
+    ):
+        step(model, one, cache)
+
+
+def test_what_a_cache_is_made_of():
+    config = llama().config
+    with pytest.raises(ValueError, match="a format for each of 3 layers, got 2"):
+        PackedKVCache(config, [NONE, NONE])
+    with pytest.raises(ValueError, match="expected window >= 0, got -1"):
+        PackedKVCache(config, window=-1)
+    with pytest.raises(ValueError, match='expected a format "k_scheme'):
+        PackedKVCache(config, "int4")
+    sliding = transformers.Qwen2Config(num_hidden_layers=2, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(ValueError, match="full attention, got sliding_attention"):
+        PackedKVCache(sliding)
