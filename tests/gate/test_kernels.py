@@ -146,8 +146,8 @@ def test_a_missing_architecture_is_caught():
 
 
 def test_a_slow_source_is_caught():
-    slow = dataclasses.replace(report(), seconds={"a.cu": 75.0})
-    assert ptxas.problems(slow, CLASSES) == ["a.cu: 75 s to compile, at most 60; split it or drop instances"]
+    slow = dataclasses.replace(report(), seconds={"a.cu": 105.0})
+    assert ptxas.problems(slow, CLASSES) == ["a.cu: 105 s to compile, at most 90; split it or drop instances"]
 
 
 def test_an_exception_says_why():

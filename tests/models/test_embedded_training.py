@@ -153,6 +153,7 @@ def test_a_resumed_run_is_the_run_without_the_interruption(tmp_path, monkeypatch
     always = dataclasses.replace(TINY, save_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
         train.train(always, tmp_path / "parts")
+    assert torch.full((1,), 1e-40).mul(1.0).item() > 0, "training flushes denormals, and leaves the caller's alone"
     monkeypatch.undo()
     resumed = train.train(always, tmp_path / "parts")
     for name, tensor in whole.model.state_dict().items():

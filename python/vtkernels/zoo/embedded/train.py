@@ -20,6 +20,7 @@ interruption, up to the checkpoint it resumes from.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -430,9 +431,18 @@ class Log:
             file.write(json.dumps(entry) + "\n")
 
 
+@contextlib.contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@_flushed_denormals()
 def train(config: Config, out: Path) -> Run:
     """Trains, or goes on training, in ``out``: checkpoint.pt and log.jsonl."""
-    torch.set_flush_denormal(True)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     run = Run(config)
