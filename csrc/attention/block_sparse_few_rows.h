@@ -108,14 +108,6 @@ void accumulate_values(const T* const* values, RowsAhead<T>& ahead, int32_t ever
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(out + r * padded + channel + v * kLanes, sum[r][v]);
 }
-
-// What one part of a task leaves: rows of weighted values, their maxima and sums.
-struct PartialRows {
-  float* values;  // [rows][padded]
-  float* most;    // [rows], in powers of two
-  float* sum;     // [rows]
-};
-
 template <class T>
 class FewRows {
  public:
@@ -214,7 +206,7 @@ class FewRows {
         for (int32_t i = 0; i < keys.count; ++i) x[i] = keys.index[i] < limit_[r] ? x[i] : -kInfinity;
       if (keys.banded && keys.first < window_[r])
         for (int32_t i = 0; i < keys.count; ++i) x[i] = keys.index[i] >= window_[r] ? x[i] : -kInfinity;
-      softmax(x, padded_count, out.most[r], out.sum[r], correct_[r]);
+      fold_logits(x, padded_count, out.most[r], out.sum[r], correct_[r]);
     }
     RowsAhead<T> next{ahead.key, ahead.key + ahead.keys.count, p.head_dim};
     int32_t channel = accumulate<kRows, kVectorsOf[kRows]>(tile, next, 0, out);
@@ -233,21 +225,6 @@ class FewRows {
     return channel;
   }
 
-  static void softmax(float* x, int32_t count, float& most, float& sum, float& correct) {
-    f32v best = splat(most);
-    for (int32_t i = 0; i < count; i += kLanes) best = max(load(x + i), best);
-    const float now = max(best), shift = now == -kInfinity ? 0.0f : now;
-    correct = most == now ? 1.0f : exp2_bounded(splat(most - now))[0];
-    f32v total = {};
-    for (int32_t i = 0; i < count; i += kLanes) {
-      const f32v e = exp2_bounded(load(x + i) - shift);
-      store(x + i, e);
-      total += e;
-    }
-    sum = sum * correct + vtk::VTK_ISA::sum(total);
-    most = now;
-  }
-
   const BlockSparseAttentionParams& p;
   const int32_t group_, rows_, padded_;
   int32_t b_ = 0, h_ = 0;
@@ -263,16 +240,8 @@ class FewRows {
 template <class T>
 void merge_parts(const BlockSparseAttentionParams& p, const PartialRows* parts, int32_t num_parts, int32_t r,
                  int32_t padded, int64_t to, float* values) {
-  float most = -kInfinity, sum = 0.0f;
-  for (int32_t i = 0; i < num_parts; ++i) most = std::max(most, parts[i].most[r]);
-  std::fill_n(values, padded, 0.0f);
-  for (int32_t i = 0; i < num_parts; ++i) {
-    if (parts[i].sum[r] == 0.0f) continue;
-    const float weight = parts[i].most[r] == most ? 1.0f : exp2_bounded(splat(parts[i].most[r] - most))[0];
-    sum += weight * parts[i].sum[r];
-    const float* from = parts[i].values + int64_t{r} * padded;
-    for (int32_t d = 0; d < padded; d += kLanes) store(values + d, load(values + d) + weight * load(from + d));
-  }
+  float most, sum;
+  merge_row(parts, num_parts, r, padded, values, most, sum);
   float* row = values + padded;
   for (int32_t d = 0; d < p.head_dim; ++d) row[d] = values[place<T>(d, p.head_dim)];
   write_row<T>(p, to, row, most, sum);

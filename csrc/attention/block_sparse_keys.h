@@ -12,6 +12,7 @@
 #include "attention/attention_rule.h"
 #include "attention/block_sparse_attention.h"
 #include "common/narrow.h"
+#include "common/running_softmax.h"
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "device/tile.h"
@@ -21,9 +22,6 @@ namespace VTK_ISA {
 namespace {
 
 constexpr int kTileKeys = 96;  // 16 register tiles of 6 keys; K and V of 96 keys at D 128 and float32 take 96 KiB
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 struct KeyTile {
   int32_t count = 0;
@@ -201,9 +199,8 @@ void store_row(T* to, const float* from, int32_t count, float factor) {
 // maximum of its logits in powers of two and the sum of its weights.
 template <class T>
 void write_row(const BlockSparseAttentionParams& p, int64_t row, const float* values, float most, float sum) {
-  const float by_sum = sum == 0.0f ? 0.0f : 1.0f / sum;  // a NaN is a sum too
-  store_row(static_cast<T*>(p.out) + row * p.head_dim, values, p.head_dim, by_sum);
-  p.lse[row] = sum == 0.0f ? -kInfinity : (most + std::log2(sum)) * kLn2;
+  store_row(static_cast<T*>(p.out) + row * p.head_dim, values, p.head_dim, inverse_sum(sum));
+  p.lse[row] = lse_of(most, sum);
 }
 
 }  // namespace

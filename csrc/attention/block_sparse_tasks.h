@@ -2,7 +2,6 @@
 // *_cpu.cpp files. Which thread runs a task changes no bit of it.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "attention/block_sparse_keys.h"
@@ -11,19 +10,6 @@
 namespace vtk {
 namespace VTK_ISA {
 namespace {
-
-constexpr int64_t kMinThreadWork = 1 << 16;  // multiply-adds that pay for a fork
-
-// Runs body(worker, task) for every task, in order, on as many threads as pay.
-template <class MakeWorker, class Body>
-void run_tasks(int64_t tasks, int64_t work, const MakeWorker& make_worker, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(std::min<int64_t>(num_threads(), tasks), work / kMinThreadWork + 1);
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    auto worker = make_worker();
-    for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
-  });
-}
 
 struct QueryBlock {
   int32_t b, h, row;

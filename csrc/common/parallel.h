@@ -1,6 +1,7 @@
 // Threads for CPU kernels, without torch in the kernel: the op library forwards to torch's own pool, a
 // native test may supply a serial one.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -55,6 +56,20 @@ inline void parallel_items(int64_t batch, const Body& body) {
     parallel_for(batch, 1, each);
   else
     each(0, batch);
+}
+
+constexpr int64_t kMinThreadWork = 1 << 16;  // multiply-adds that pay for a fork
+
+// Runs body(worker, task) for every task: threads take them from a counter, in order, as many threads as `work`
+// multiply-adds pay for, each with a worker of its own. For tasks of different lengths.
+template <class MakeWorker, class Body>
+inline void run_tasks(int64_t tasks, int64_t work, const MakeWorker& make_worker, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(std::min<int64_t>(num_threads(), tasks), work / kMinThreadWork + 1);
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    auto worker = make_worker();
+    for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
+  });
 }
 
 }  // namespace vtk

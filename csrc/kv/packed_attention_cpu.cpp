@@ -8,12 +8,10 @@
 // Bound: reading the pages; 4 D multiply-adds a token for four rows come close.
 #include "kv/packed_attention.h"
 
-#include <atomic>
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/running_softmax.h"
 #include "kv/page_product.h"
 
 namespace vtk {
@@ -21,15 +19,6 @@ namespace VTK_ISA {
 namespace {
 
 constexpr int32_t kPartPages = 16;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-
-// What a part of a task leaves, by row.
-struct Partial {
-  float* values;  // [rows][stride]
-  float* most;    // [rows], in powers of two
-  float* sum;     // [rows]
-};
 
 template <class T>
 class PackedRows {
@@ -48,7 +37,7 @@ class PackedRows {
   }
 
   // Sources [begin, end): pages, then runs of 128 residual tokens.
-  void run(int32_t b, int32_t h, int32_t begin, int32_t end, const Partial& out) {
+  void run(int32_t b, int32_t h, int32_t begin, int32_t end, const PartialRows& out) {
     load_queries(b, h);
     std::fill_n(out.values, int64_t{round_up(rows_, kProductRows)} * stride_, 0.0f);
     std::fill_n(out.most, rows_, -kInfinity);
@@ -95,7 +84,7 @@ class PackedRows {
       for (int32_t r = 0; r < rows_; ++r) turned_[r * stride_ + d] = columns[d * rows + r];
   }
 
-  void attend_page(int32_t b, int32_t h, int32_t n, const Partial& out) {
+  void attend_page(int32_t b, int32_t h, int32_t n, const PartialRows& out) {
     const PackedSource &k = p.side[0], &v = p.side[1];
     const float* query = p.order.data != nullptr ? turned_.get() : query_.get();
     multiply<T>(k.page, k.codes.at(b, h, n), k.meta.at(b, h, n), query, stride_, logits_.get(), kPageTokens);
@@ -104,7 +93,7 @@ class PackedRows {
     std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
   }
 
-  void attend_residual(int32_t b, int32_t h, int32_t first, const Partial& out) {
+  void attend_residual(int32_t b, int32_t h, int32_t first, const PartialRows& out) {
     const int32_t count = std::min(kPageTokens, p.residual - first);
     const auto token = [&](int side, int32_t t) {
       return reinterpret_cast<const T*>(p.side[side].residual.at(b, h, first + t));
@@ -138,27 +127,15 @@ class PackedRows {
 
   // Logits to weights; what is in out.values is brought to the new maximum. Row r has limit(r) tokens.
   template <class Limit>
-  void softmax(const Partial& out, const Limit& limit) {
+  void softmax(const PartialRows& out, const Limit& limit) {
     for (int32_t r = 0; r < rows_; ++r) {
       float* x = &logits_[int64_t{r} * kPageTokens];
       std::fill(x + limit(r), x + kPageTokens, -kInfinity);
-      f32v best = splat(out.most[r]);
-      for (int32_t i = 0; i < kPageTokens; i += kLanes) best = max(load(x + i), best);
-      const float now = max(best), shift = now == -kInfinity ? 0.0f : now;
-      f32v total = {};
-      for (int32_t i = 0; i < kPageTokens; i += kLanes) {
-        const f32v e = exp2_bounded(load(x + i) - shift);
-        store(x + i, e);
-        total += e;
-      }
-      if (out.most[r] != now) {
-        const float correct = exp2_bounded(splat(out.most[r] - shift))[0];
-        float* values = out.values + int64_t{r} * stride_;
-        for (int32_t c = 0; c < stride_; c += kLanes) store(values + c, load(values + c) * correct);
-        out.sum[r] *= correct;
-        out.most[r] = now;
-      }
-      out.sum[r] += sum(total);
+      float correct;
+      fold_logits(x, kPageTokens, out.most[r], out.sum[r], correct);
+      if (correct == 1.0f) continue;
+      float* values = out.values + int64_t{r} * stride_;
+      for (int32_t c = 0; c < stride_; c += kLanes) store(values + c, load(values + c) * correct);
     }
   }
 
@@ -171,25 +148,17 @@ class PackedRows {
   PageProduct product_;
 };
 
-// Merges the parts of row r in their order and stores it as row `to` of the output.
+// Row r, merged of its parts, as row `to` of the output.
 template <class T>
-void merge_parts(const PackedAttentionParams& p, const Partial* parts, int64_t num_parts, int32_t r, int64_t to,
-                 float* values) {
+void write_row(const PackedAttentionParams& p, const PartialRows* parts, int64_t num_parts, int32_t r, int64_t to,
+               float* values) {
   const int32_t stride = padded(p.head_dim);
-  float most = -kInfinity, total = 0.0f;
-  for (int64_t i = 0; i < num_parts; ++i) most = std::max(most, parts[i].most[r]);
-  std::fill_n(values, stride, 0.0f);
-  for (int64_t i = 0; i < num_parts; ++i) {
-    if (parts[i].sum[r] == 0.0f) continue;
-    const float weight = parts[i].most[r] == most ? 1.0f : exp2_bounded(splat(parts[i].most[r] - most))[0];
-    total += weight * parts[i].sum[r];
-    const float* from = parts[i].values + int64_t{r} * stride;
-    for (int32_t c = 0; c < stride; c += kLanes) store(values + c, load(values + c) + weight * load(from + c));
-  }
-  const float by_total = total == 0.0f ? 0.0f : 1.0f / total;  // a NaN is a total too
-  for (int32_t c = 0; c < stride; c += kLanes) store(values + c, load(values + c) * by_total);
+  float most, sum;
+  merge_row(parts, num_parts, r, stride, values, most, sum);
+  const float by_sum = inverse_sum(sum);
+  for (int32_t c = 0; c < stride; c += kLanes) store(values + c, load(values + c) * by_sum);
   store_row(values, p.head_dim, static_cast<T*>(p.out) + to * p.head_dim);
-  p.lse[to] = total == 0.0f ? -kInfinity : (most + std::log2(total)) * kLn2;
+  p.lse[to] = lse_of(most, sum);
 }
 
 template <class T>
@@ -198,26 +167,24 @@ void attend(const PackedAttentionParams& p) {
   const int32_t sources = p.pages + ceil_div(p.residual, kPageTokens), parts = ceil_div(sources, kPartPages);
   const int64_t heads = int64_t{p.batch} * p.key_heads, values_size = int64_t{round_up(rows, kProductRows)} * stride;
   Scratch<float> values = scratch<float>(heads * parts * values_size), sums = scratch<float>(heads * parts * rows * 2);
-  std::vector<Partial> partial(heads * parts);
+  std::vector<PartialRows> partial(heads * parts);
   for (size_t i = 0; i < partial.size(); ++i)
     partial[i] = {&values[i * values_size], &sums[i * rows * 2], &sums[i * rows * 2 + rows]};
-  std::atomic<int64_t> next{0};
-  const int64_t tasks = heads * parts, threads = std::min<int64_t>(num_threads(), tasks);
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    PackedRows<T> worker(p);
-    for (int64_t i = next++; i < tasks; i = next++) {
-      const int64_t head = i / parts;
-      const Range range = tile_range(static_cast<int32_t>(i % parts), kPartPages, sources);
-      worker.run(static_cast<int32_t>(head / p.key_heads), static_cast<int32_t>(head % p.key_heads), range.begin,
-                 range.end, partial[i]);
-    }
-  });
+  const int64_t work = heads * sources * kPageTokens * rows * p.head_dim;
+  run_tasks(
+      heads * parts, work, [&] { return PackedRows<T>(p); },
+      [&](PackedRows<T>& worker, int64_t i) {
+        const int64_t head = i / parts;
+        const Range range = tile_range(static_cast<int32_t>(i % parts), kPartPages, sources);
+        worker.run(static_cast<int32_t>(head / p.key_heads), static_cast<int32_t>(head % p.key_heads), range.begin,
+                   range.end, partial[i]);
+      });
   Scratch<float> merged = scratch<float>(stride);
   for (int64_t head = 0; head < heads; ++head)
     for (int32_t r = 0; r < rows; ++r) {
       const PackedRow at = packed_row(r, group);
-      merge_parts<T>(p, partial.data() + head * parts, parts, r, (head * group + at.head) * p.num_queries + at.query,
-                     merged.get());
+      write_row<T>(p, partial.data() + head * parts, parts, r, (head * group + at.head) * p.num_queries + at.query,
+                   merged.get());
     }
 }
 
