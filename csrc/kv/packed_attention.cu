@@ -32,7 +32,7 @@ __host__ __device__ inline Work work_of(const PackedAttentionParams& p) {
   Work w;
   w.rows = p.heads / p.key_heads * p.num_queries;
   w.row_blocks = ceil_div(w.rows, kRows);
-  w.sources = p.pages + ceil_div(p.residual, kPageTokens);
+  w.sources = p.pages[0].count + ceil_div(p.residual_tokens, kPageTokens);
   w.parts = max(ceil_div(w.sources, kPartPages), 1);
   return w;
 }
@@ -91,7 +91,7 @@ struct Block {
     for (int32_t e = threadIdx.x; e < rows * p.head_dim; e += kThreads)
       s.turned[e] = s.query[e % rows * p.head_dim + channel_of(p.order, at, e / rows, p.head_dim)];
     __syncthreads();
-    const KvSection& easy = p.side[0].page.section[1];
+    const KvSection& easy = p.pages[0].page[0].section[1];
     hadamard(s.turned + easy.first * rows, easy.depth, rows, rows);
   }
 
@@ -101,37 +101,37 @@ struct Block {
 
   // One side of a source as [depth][lane] of float32. Tokens beyond `count` are zeros.
   __device__ void load_source(int side, int32_t source) const {
-    const PackedSource& from = p.side[side];
-    const KvPage& page = from.page;
+    const PackedClass& from = p.pages[0];
+    const KvPage& page = from.page[side];
     const int32_t stride = shared_stride(page);
-    const bool packed = source < p.pages;
+    const bool packed = source < p.pages[0].count;
     if (packed && page.section[0].scheme != KvScheme::kNone) {
       for (int32_t i = 0; i < page.sections; ++i) {
         const KvSection& section = page.section[i];
-        read_section(page, section, from.codes.at(b, key_head, source), from.meta.at(b, key_head, source),
+        read_section(page, section, from.codes[side].at(b, key_head, source), from.meta[side].at(b, key_head, source),
                      s.page + section.first * stride);
       }
       return;
     }
-    const T* codes = packed ? reinterpret_cast<const T*>(from.codes.at(b, key_head, source)) : nullptr;
-    const int32_t begin = (source - p.pages) * kPageTokens;
+    const T* codes = packed ? reinterpret_cast<const T*>(from.codes[side].at(b, key_head, source)) : nullptr;
+    const int32_t begin = (source - p.pages[0].count) * kPageTokens;
     for (int32_t e = threadIdx.x; e < kPageTokens * p.head_dim; e += kThreads) {
       const int32_t t = e / p.head_dim, c = e % p.head_dim;
       const int32_t d = page.is_key ? c : t, l = page.is_key ? t : c;
       float x = 0.0f;
       if (packed)
         x = to_float(codes[raw_place(page, d, l)]);
-      else if (begin + t < p.residual)
-        x = to_float(reinterpret_cast<const T*>(from.residual.at(b, key_head, begin + t))[c]);
+      else if (begin + t < p.residual_tokens)
+        x = to_float(reinterpret_cast<const T*>(p.residual[side].at(b, key_head, begin + t))[c]);
       s.page[d * stride + l] = x;
     }
   }
 
   // Tokens of the source that row r sees.
   __device__ int32_t limit(int32_t source, int32_t r) const {
-    if (source < p.pages) return kPageTokens;
-    const int32_t seen = p.causal ? p.residual - p.num_queries + (first + r) / group + 1 : p.residual;
-    return min(max(seen - (source - p.pages) * kPageTokens, 0), kPageTokens);
+    if (source < p.pages[0].count) return kPageTokens;
+    const int32_t seen = p.causal ? p.residual_tokens - p.num_queries + (first + r) / group + 1 : p.residual_tokens;
+    return min(max(seen - (source - p.pages[0].count) * kPageTokens, 0), kPageTokens);
   }
 
   __device__ void logits(int32_t source) const {
@@ -140,7 +140,7 @@ struct Block {
       const int32_t r = e / kPageTokens, t = e % kPageTokens;
       float sum = 0.0f;
       for (int32_t d = 0; d < p.head_dim; ++d)
-        sum = fmaf(query_at(r, d, source < p.pages), s.page[d * stride + t], sum);
+        sum = fmaf(query_at(r, d, source < p.pages[0].count), s.page[d * stride + t], sum);
       s.weights[e] = t < limit(source, r) ? sum : kNoLogit;
     }
   }

@@ -43,10 +43,10 @@ class PackedRows {
     std::fill_n(out.most, rows_, -kInfinity);
     std::fill_n(out.sum, rows_, 0.0f);
     for (int32_t source = begin; source < end; ++source) {
-      if (source < p.pages)
+      if (source < p.pages[0].count)
         attend_page(b, h, source, out);
       else
-        attend_residual(b, h, (source - p.pages) * kPageTokens, out);
+        attend_residual(b, h, (source - p.pages[0].count) * kPageTokens, out);
     }
   }
 
@@ -71,7 +71,7 @@ class PackedRows {
 
   // The transform of a mix, on the query: [depth][row] for a moment.
   void turn_queries(int32_t b, int32_t h) {
-    const KvPage& page = p.side[0].page;
+    const KvPage& page = p.pages[0].page[0];
     const int32_t rows = padded(rows_);
     Scratch<float> columns = zeros(int64_t{p.head_dim} * rows);
     for (int32_t d = 0; d < p.head_dim; ++d) {
@@ -85,18 +85,18 @@ class PackedRows {
   }
 
   void attend_page(int32_t b, int32_t h, int32_t n, const PartialRows& out) {
-    const PackedSource &k = p.side[0], &v = p.side[1];
+    const PackedClass& c = p.pages[0];
     const float* query = p.order.data != nullptr ? turned_.get() : query_.get();
-    multiply<T>(k.page, k.codes.at(b, h, n), k.meta.at(b, h, n), query, stride_, logits_.get(), kPageTokens);
+    multiply<T>(c.page[0], c.codes[0].at(b, h, n), c.meta[0].at(b, h, n), query, stride_, logits_.get(), kPageTokens);
     softmax(out, [](int32_t) { return kPageTokens; });
-    multiply<T>(v.page, v.codes.at(b, h, n), v.meta.at(b, h, n), logits_.get(), kPageTokens, out.values, stride_);
+    multiply<T>(c.page[1], c.codes[1].at(b, h, n), c.meta[1].at(b, h, n), logits_.get(), kPageTokens, out.values, stride_);
     std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
   }
 
   void attend_residual(int32_t b, int32_t h, int32_t first, const PartialRows& out) {
-    const int32_t count = std::min(kPageTokens, p.residual - first);
+    const int32_t count = std::min(kPageTokens, p.residual_tokens - first);
     const auto token = [&](int side, int32_t t) {
-      return reinterpret_cast<const T*>(p.side[side].residual.at(b, h, first + t));
+      return reinterpret_cast<const T*>(p.residual[side].at(b, h, first + t));
     };
     std::fill_n(natural_.get(), int64_t{kPageTokens} * stride_, 0.0f);
     std::fill_n(loose_[1].get(), int64_t{kPageTokens} * p.head_dim, 0.0f);
@@ -110,7 +110,7 @@ class PackedRows {
     const auto bytes = [&](int side) { return reinterpret_cast<const uint8_t*>(loose_[side].get()); };
     multiply<float>(loose_page_[0], bytes(0), nullptr, query_.get(), stride_, logits_.get(), kPageTokens);
     softmax(out, [&](int32_t r) {
-      const int32_t seen = p.causal ? p.residual - p.num_queries + r / group_ + 1 : p.residual;
+      const int32_t seen = p.causal ? p.residual_tokens - p.num_queries + r / group_ + 1 : p.residual_tokens;
       return std::clamp(seen - first, 0, count);
     });
     multiply<float>(loose_page_[1], bytes(1), nullptr, logits_.get(), kPageTokens, out.values, stride_);
@@ -164,7 +164,7 @@ void write_row(const PackedAttentionParams& p, const PartialRows* parts, int64_t
 template <class T>
 void attend(const PackedAttentionParams& p) {
   const int32_t group = p.heads / p.key_heads, rows = p.num_queries * group, stride = padded(p.head_dim);
-  const int32_t sources = p.pages + ceil_div(p.residual, kPageTokens), parts = ceil_div(sources, kPartPages);
+  const int32_t sources = p.pages[0].count + ceil_div(p.residual_tokens, kPageTokens), parts = ceil_div(sources, kPartPages);
   const int64_t heads = int64_t{p.batch} * p.key_heads, values_size = int64_t{round_up(rows, kProductRows)} * stride;
   Scratch<float> values = scratch<float>(heads * parts * values_size), sums = scratch<float>(heads * parts * rows * 2);
   std::vector<PartialRows> partial(heads * parts);

@@ -10,6 +10,7 @@ from vtkernels.zoo.methods.fopru import FoPru
 from vtkernels.zoo.methods.hiprune import HiPrune
 from vtkernels.zoo.methods.holitom import HoliTom
 from vtkernels.zoo.methods.mmtok import MMTok
+from vtkernels.zoo.methods.packed import Packed
 from vtkernels.zoo.methods.pitome import PiToMe
 from vtkernels.zoo.methods.recoverable_compression import RecoverableCompression
 from vtkernels.zoo.methods.simvlg import SimVLG
@@ -44,6 +45,7 @@ RECIPES = (
     CenterCLIP,
     STCCacher,
     STCPruner,
+    Packed,
     Random,
     Uniform,
 )
