@@ -1,0 +1,1 @@
+"""Speculative decoding: draft trees in all their encodings, and who drafts."""
