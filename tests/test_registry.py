@@ -135,7 +135,9 @@ def flatten(out) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize("module", ["attention", "cluster", "kv", "merge", "merge_forms", "rule", "score", "select"])
+@pytest.mark.parametrize(
+    "module", ["attention", "cluster", "kv", "merge", "merge_forms", "rule", "score", "select", "speculative"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"vtkernels.ops.{module}"))
     assert result.attempted > 0 and result.failed == 0

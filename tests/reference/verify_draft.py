@@ -125,7 +125,8 @@ class Request:
         return [i for i in found if 0 <= self.tokens[i] < len(self.target[0])]
 
     def law(self, node: int) -> Law:
-        return processed(self.target[node], self.temperature, **self.filters)
+        """Of a greedy request, which knows weights in mode relaxed only, at temperature 1."""
+        return processed(self.target[node], self.temperature or 1.0, **self.filters)
 
 
 Result = tuple[list[int], int]  # the accepted nodes after the root, the token after them
@@ -186,7 +187,9 @@ def sample_drawn(request: Request, choose: Choose, without_replacement: bool) ->
         q = list(request.draft[node])
         for index, child in enumerate(children):
             x = request.tokens[child]
-            ratio = min(1.0, p[x] / q[x]) if q[x] > 0 else 0.0
+            if q[x] == 0:  # drawn by nobody: a rejection tells nothing about p
+                continue
+            ratio = min(1.0, p[x] / q[x])
             if choose([ratio, 1 - ratio], level, index, ACCEPT) == 0:
                 return child
             residual = excess(p, q)
@@ -294,7 +297,7 @@ def relaxed_greedy(request: Request, neighbors: Sequence[Sequence[int]], delta: 
     """A child is accepted when it is the argmax once it has its neighbours' mass."""
     path, node = [], 0
     while True:
-        best, p = argmax(request.target[node]), softmax(request.target[node])
+        best, p = argmax(request.target[node]), request.law(node)
         accepted = None
         for child in request.children(node) if len(path) < request.depth else []:
             x, changed = request.tokens[child], list(p)
