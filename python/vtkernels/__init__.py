@@ -23,6 +23,7 @@ from vtkernels.ops.select import (
     select_cover,
     select_diverse,
 )
+from vtkernels.ops.speculative import verify_draft
 
 __all__ = [
     "__version__",
@@ -54,4 +55,5 @@ __all__ = [
     "select_diverse",
     "temporal_segments",
     "unmerge",
+    "verify_draft",
 ]

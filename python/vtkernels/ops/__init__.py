@@ -3,7 +3,7 @@
 ``PUBLIC`` maps every registered overload to its public function; tests/test_registry.py holds it to that.
 """
 
-from vtkernels.ops import attention, cluster, drafting, kv, merge, merge_forms, rule, score, select
+from vtkernels.ops import attention, cluster, drafting, kv, merge, merge_forms, rule, score, select, speculative
 
 PUBLIC = {
     "attention_scores": score.attention_scores,
@@ -33,4 +33,5 @@ PUBLIC = {
     "temporal_segments": cluster.temporal_segments,
     "cluster_dpc_knn": cluster.cluster_dpc_knn,
     "cluster_kmedoids": cluster.cluster_kmedoids,
+    "verify_draft": speculative.verify_draft,
 }
