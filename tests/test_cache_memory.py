@@ -81,13 +81,13 @@ def test_appended_in_place_where_there_is_room():
 def test_pages_that_share_room_do_not_see_each_other():
     """Both branches of a cache that was forked stay what they are."""
     tokens = torch.randn(3, 1, 2, PAGE_TOKENS, 16)
-    start = Pages.of(tokens[0], tokens[0], KVFormat("int4", "sign")).append(tokens[0], tokens[0])
+    start = Pages.of(tokens[0], tokens[0], KVFormat("int4", "sign"), None).append(tokens[0], tokens[0])
     one, other = start.append(tokens[1], tokens[1]), start.append(tokens[2], tokens[2])
     assert one.room is start.room and other.room is not start.room
     for pages, second in ((one, 1), (other, 2)):
         assert pages.tokens == 2 * PAGE_TOKENS
         whole = torch.cat([tokens[0], tokens[second]], dim=2)
-        fresh = Pages.of(whole, whole, KVFormat("int4", "sign")).append(whole, whole)
+        fresh = Pages.of(whole, whole, KVFormat("int4", "sign"), None).append(whole, whole)
         assert all(map(torch.equal, pages.packed, fresh.packed))
 
 
