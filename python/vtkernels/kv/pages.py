@@ -48,7 +48,7 @@ class Pages:
         if room is None or room.used != used or room.capacity < used + pages:
             room = Room.after(self.packed, pages)
         # In parts: what is packed at once is memory beside the pages.
-        part = max(1, _PART // (keys.shape[0] * keys.shape[1])) * PAGE_TOKENS
+        part = max(1, _PART // max(1, keys.shape[0] * keys.shape[1])) * PAGE_TOKENS
         for some in zip(keys.detach().split(part, 2), values.detach().split(part, 2), strict=True):
             room.append(kv_pack(*some, **self.options))
         a, b, c, d = room.views()
