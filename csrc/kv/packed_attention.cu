@@ -2,6 +2,7 @@
 #include "kv/packed_attention.h"
 
 #include "kv/packed_float.cuh"
+#include "kv/packed_mma.cuh"
 
 namespace vtk {
 namespace {
@@ -34,15 +35,34 @@ __global__ void __launch_bounds__(32) packed_merge_kernel(const __grid_constant_
   if (threadIdx.x == 0) p.lse[to] = total == 0.0f ? kNoLogit : (most + log2f(total)) * kLn2;
 }
 
+cudaError_t launch_parts(const PackedAttentionParams& p, const dim3& grid, cudaStream_t stream) {
+  LaunchShape shape;
+  shape.grid = grid;
+  shape.block = dim3(kThreads);
+  shape.shared_bytes = float_shared_bytes(p);
+  return launch(packed_float_kernel, shape, stream, p);
+}
+
+template <class T>
+cudaError_t launch_mma_parts(const PackedAttentionParams& p, const dim3& grid, cudaStream_t stream) {
+  const MmaPlan plan = mma_plan(p);
+  LaunchShape shape;
+  shape.grid = grid;
+  shape.block = dim3(kMmaThreads);
+  shape.shared_bytes = plan.shared_bytes;
+  return launch(p.head_dim <= 128 ? packed_mma_kernel<T, 1> : packed_mma_kernel<T, 2>, shape, stream, p, plan);
+}
+
 template <class T>
 cudaError_t run(const PackedAttentionParams& p, cudaStream_t stream) {
   const Work w = work_of(p);
   const unsigned heads = static_cast<unsigned>(p.batch) * p.key_heads;
-  LaunchShape shape;
-  shape.grid = dim3(heads * w.row_blocks, w.parts);
-  shape.block = dim3(kThreads);
-  shape.shared_bytes = float_shared_bytes(p);
-  const cudaError_t error = launch(packed_float_kernel<T>, shape, stream, p);
+  const dim3 grid(heads * w.row_blocks, w.parts);
+  cudaError_t error;
+  if constexpr (sizeof(T) == 4)
+    error = launch_parts(p, grid, stream);
+  else
+    error = launch_mma_parts<T>(p, grid, stream);
   if (error != cudaSuccess) return error;
   LaunchShape merge;
   merge.grid = dim3(heads * w.rows);
