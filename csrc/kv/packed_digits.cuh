@@ -25,17 +25,17 @@ using Products = float[4][4];  // accumulators of four n-tiles
 struct SectionTile {
   const unsigned char* codes;  // rows of the side
   const uint16_t* meta;        // of the section
-  int32_t first_row, row_bytes, depth;
+  int32_t first_row, row_bytes, depth, lanes;
   int32_t meta_width, zeros;  // numbers from the scales to the zeros
   int32_t group, tile;
   Range blocks;
   uint32_t live;
   const uint16_t* factors;  // this lane's row of 8 for ldmatrix
 
-  // Words of the lane's four page lanes; zeros beyond the depth.
+  // Words of the thread's four lanes; zeros beyond the section.
   __device__ uint4 words(int32_t row, int32_t unit, int32_t shift) const {
     const int32_t chunk = tile * 8 + threadIdx.x % 32 / 4;
-    if (unit * 8 >= depth) return make_uint4(0, 0, 0, 0);
+    if (unit * 8 >= depth || chunk * 4 >= lanes) return make_uint4(0, 0, 0, 0);
     return *reinterpret_cast<const uint4*>(codes + staged_at(first_row + row, chunk, row_bytes, shift));
   }
 };

@@ -184,7 +184,7 @@ struct MmaBlock {
     s.codes = is_trits(page) ? sTrits : stage(step);
     s.meta = stage_meta(step);
     s.row_bytes = staged_row_bytes(page);
-    s.group = page.group, s.tile = tile, s.live = live, s.blocks = tokens;
+    s.lanes = page.lanes, s.group = page.group, s.tile = tile, s.live = live, s.blocks = tokens;
     s.factors = factors + lane % 16 * stride + lane / 16 * 8;
     s.first_row = 0;
     for (int32_t i = 0; i < page.sections; ++i) {
