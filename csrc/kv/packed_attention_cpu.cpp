@@ -4,7 +4,8 @@
 //
 // The query heads of one key head are rows of one task, so that a page is read once for all of them; rows go through
 // the products (page_product.h) four at a time. Long caches are cut into parts of 16 pages, merged in their order:
-// which thread ran a part changes no bit. Tokens that are in no page become pages of scheme none in scratch memory.
+// which thread ran a part changes no bit, and a request's parts begin with its own first page, whatever the widest
+// request of the batch has. Tokens that are in no page become pages of scheme none in scratch memory.
 // Bound: reading the pages; 4 D multiply-adds a token for four rows come close.
 #include "kv/packed_attention.h"
 
@@ -12,6 +13,7 @@
 
 #include "common/parallel.h"
 #include "common/running_softmax.h"
+#include "kv/kept_tokens.h"
 #include "kv/page_product.h"
 
 namespace vtk {
@@ -19,6 +21,24 @@ namespace VTK_ISA {
 namespace {
 
 constexpr int32_t kPartPages = 16;
+
+// Numbers the sources of one request: its pages, its protected pages, runs of 128 residual tokens.
+struct Sources {
+  int32_t pages, with_protected, residual, count;
+  Sources(const PackedAttentionParams& p, int32_t b)
+      : pages(pages_of(p, b)),
+        with_protected(pages + p.pages[1].count),
+        residual(residual_of(p, b)),
+        count(with_protected + ceil_div(residual, kPageTokens)) {}
+};
+
+// What key_bias makes of 128 tokens, in powers of two.
+struct TokenBias {
+  float of[kPageTokens];  // -inf: excluded
+  int32_t kept;           // tokens that are not
+
+  bool excludes(int32_t t) const { return of[t] == -kInfinity; }
+};
 
 template <class T>
 class PackedRows {
@@ -36,17 +56,20 @@ class PackedRows {
     natural_ = zeros(kPageTokens * stride_);
   }
 
-  // Sources [begin, end): pages, then runs of 128 residual tokens.
+  // Sources [begin, end) of the request.
   void run(int32_t b, int32_t h, int32_t begin, int32_t end, const PartialRows& out) {
     load_queries(b, h);
     std::fill_n(out.values, int64_t{round_up(rows_, kProductRows)} * stride_, 0.0f);
     std::fill_n(out.most, rows_, -kInfinity);
     std::fill_n(out.sum, rows_, 0.0f);
+    const Sources sources(p, b);
     for (int32_t source = begin; source < end; ++source) {
-      if (source < p.pages[0].count)
-        attend_page(b, h, source, out);
+      if (source < sources.pages)
+        attend_page(0, b, h, source, source, out);
+      else if (source < sources.with_protected)
+        attend_page(1, b, h, source - sources.pages, p.pages[0].count + source - sources.pages, out);
       else
-        attend_residual(b, h, (source - p.pages[0].count) * kPageTokens, out);
+        attend_residual(b, h, (source - sources.with_protected) * kPageTokens, sources.residual, out);
     }
   }
 
@@ -56,6 +79,8 @@ class PackedRows {
     std::fill_n(out.get(), count, 0.0f);
     return out;
   }
+
+  static bool is_mix(const PackedClass& pages) { return pages.page[0].sections == 2; }
 
   // Row r is query r / group of head h group + r % group.
   void load_queries(int32_t b, int32_t h) {
@@ -71,50 +96,86 @@ class PackedRows {
 
   // The transform of a mix, on the query: [depth][row] for a moment.
   void turn_queries(int32_t b, int32_t h) {
-    const KvPage& page = p.pages[0].page[0];
+    const KvSection& easy = p.pages[is_mix(p.pages[0]) ? 0 : 1].page[0].section[1];
     const int32_t rows = padded(rows_);
     Scratch<float> columns = zeros(int64_t{p.head_dim} * rows);
     for (int32_t d = 0; d < p.head_dim; ++d) {
       const int32_t channel = p.order.channel(b, h, d);
       for (int32_t r = 0; r < rows_; ++r) columns[d * rows + r] = query_[r * stride_ + channel];
     }
-    const KvSection& s = page.section[1];
-    hadamard(&columns[s.first * rows], s.depth, rows);
+    hadamard(&columns[easy.first * rows], easy.depth, rows);
     for (int32_t d = 0; d < p.head_dim; ++d)
       for (int32_t r = 0; r < rows_; ++r) turned_[r * stride_ + d] = columns[d * rows + r];
   }
 
-  void attend_page(int32_t b, int32_t h, int32_t n, const PartialRows& out) {
-    const PackedClass& c = p.pages[0];
-    const float* query = p.order.data != nullptr ? turned_.get() : query_.get();
-    multiply<T>(c.page[0], c.codes[0].at(b, h, n), c.meta[0].at(b, h, n), query, stride_, logits_.get(), kPageTokens);
-    softmax(out, [](int32_t) { return kPageTokens; });
-    multiply<T>(c.page[1], c.codes[1].at(b, h, n), c.meta[1].at(b, h, n), logits_.get(), kPageTokens, out.values, stride_);
+  // The bias of `count` tokens from `first` on, or null where there is none. Tokens beyond are excluded.
+  const TokenBias* load_bias(int32_t b, int64_t first, int32_t count) {
+    if (p.key_bias == nullptr) return nullptr;
+    const float* from = p.key_bias + b * p.bias_stride_batch + first * p.bias_stride_key;
+    bias_.kept = 0;
+    for (int32_t t = 0; t < kPageTokens; ++t) {
+      bias_.of[t] = t < count ? from[t * p.bias_stride_key] * kLog2E : -kInfinity;
+      bias_.kept += bias_.excludes(t) ? 0 : 1;
+    }
+    return &bias_;
+  }
+
+  // `number` counts pages of both classes where the bias does.
+  void attend_page(int kind, int32_t b, int32_t h, int32_t n, int64_t number, const PartialRows& out) {
+    const PackedClass& pages = p.pages[kind];
+    const int32_t place = packed_place(p, kind, b, n);
+    if (place < 0) return;
+    const TokenBias* bias = load_bias(b, number * kPageTokens, kPageTokens);
+    if (bias != nullptr && bias->kept == 0) return;
+    const float* query = is_mix(pages) ? turned_.get() : query_.get();
+    multiply<T>(pages.page[0], pages.codes[0].at(b, h, place), pages.meta[0].at(b, h, place), query, stride_,
+                logits_.get(), kPageTokens);
+    softmax(out, bias, [](int32_t, float*) {});
+    const uint8_t* codes = pages.codes[1].at(b, h, place);
+    const uint16_t* meta = pages.meta[1].at(b, h, place);
+    if (bias != nullptr && bias->kept < kPageTokens) {
+      const auto keeps = [&](int32_t t) { return !bias->excludes(t); };
+      codes = kept_.codes(pages.page[1], codes, keeps);
+      meta = kept_.meta(pages.page[1], meta, keeps);
+    }
+    multiply<T>(pages.page[1], codes, meta, logits_.get(), kPageTokens, out.values, stride_);
     std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
   }
 
-  void attend_residual(int32_t b, int32_t h, int32_t first, const PartialRows& out) {
-    const int32_t count = std::min(kPageTokens, p.residual_tokens - first);
+  // Residual tokens [first, first + 128) of the request's `length`.
+  void attend_residual(int32_t b, int32_t h, int32_t first, int32_t length, const PartialRows& out) {
+    const int32_t count = std::min(kPageTokens, length - first);
+    const int64_t before = (int64_t{p.pages[0].count} + p.pages[1].count) * kPageTokens;
+    const TokenBias* bias = load_bias(b, before + first, count);
+    if (bias != nullptr && bias->kept == 0) return;
+    load_residual(b, h, first, count, bias);
+    const auto bytes = [&](int side) { return reinterpret_cast<const uint8_t*>(loose_[side].get()); };
+    multiply<float>(loose_page_[0], bytes(0), nullptr, query_.get(), stride_, logits_.get(), kPageTokens);
+    const int32_t seen_by_all = p.causal || p.ancestors != nullptr ? length - p.num_queries - first : count;
+    softmax(out, bias, [&](int32_t r, float* x) {
+      std::fill(x + count, x + kPageTokens, -kInfinity);
+      for (int32_t t = std::max(seen_by_all, 0); t < count; ++t)
+        if (!packed_sees(p, b, r / group_, first + t, length)) x[t] = -kInfinity;
+    });
+    multiply<float>(loose_page_[1], bytes(1), nullptr, logits_.get(), kPageTokens, out.values, stride_);
+    std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
+  }
+
+  // As pages of scheme none; excluded tokens, and those beyond `count`, are zeros.
+  void load_residual(int32_t b, int32_t h, int32_t first, int32_t count, const TokenBias* bias) {
     const auto token = [&](int side, int32_t t) {
       return reinterpret_cast<const T*>(p.residual[side].at(b, h, first + t));
     };
     std::fill_n(natural_.get(), int64_t{kPageTokens} * stride_, 0.0f);
     std::fill_n(loose_[1].get(), int64_t{kPageTokens} * p.head_dim, 0.0f);
     for (int32_t t = 0; t < count; ++t) {
+      if (bias != nullptr && bias->excludes(t)) continue;
       load_row(token(0, t), p.head_dim, &natural_[int64_t{t} * stride_]);
       load_row(token(1, t), p.head_dim, &loose_[1][int64_t{t} * p.head_dim]);
     }
     transpose_matrix(
         kPageTokens, p.head_dim, [&](int32_t t) { return &natural_[int64_t{t} * stride_]; },
         [&](int32_t c) { return &loose_[0][int64_t{c} * kPageTokens]; });
-    const auto bytes = [&](int side) { return reinterpret_cast<const uint8_t*>(loose_[side].get()); };
-    multiply<float>(loose_page_[0], bytes(0), nullptr, query_.get(), stride_, logits_.get(), kPageTokens);
-    softmax(out, [&](int32_t r) {
-      const int32_t seen = p.causal ? p.residual_tokens - p.num_queries + r / group_ + 1 : p.residual_tokens;
-      return std::clamp(seen - first, 0, count);
-    });
-    multiply<float>(loose_page_[1], bytes(1), nullptr, logits_.get(), kPageTokens, out.values, stride_);
-    std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
   }
 
   template <class Element>
@@ -125,17 +186,27 @@ class PackedRows {
                             out + int64_t{r} * out_stride, out_stride);
   }
 
-  // Logits to weights; what is in out.values is brought to the new maximum. Row r has limit(r) tokens.
-  template <class Limit>
-  void softmax(const PartialRows& out, const Limit& limit) {
+  // Logits to weights; what is in out.values is brought to the new maximum. hide(r, x) takes from row r's logits what
+  // the row does not see.
+  template <class Hide>
+  void softmax(const PartialRows& out, const TokenBias* bias, const Hide& hide) {
     for (int32_t r = 0; r < rows_; ++r) {
       float* x = &logits_[int64_t{r} * kPageTokens];
-      std::fill(x + limit(r), x + kPageTokens, -kInfinity);
+      if (bias != nullptr) add_bias(x, *bias);
+      hide(r, x);
       float correct;
       fold_logits(x, kPageTokens, out.most[r], out.sum[r], correct);
       if (correct == 1.0f) continue;
       float* values = out.values + int64_t{r} * stride_;
       for (int32_t c = 0; c < stride_; c += kLanes) store(values + c, load(values + c) * correct);
+    }
+  }
+
+  // A choice, not a sum: a logit of an excluded token may be NaN.
+  static void add_bias(float* x, const TokenBias& bias) {
+    for (int32_t t = 0; t < kPageTokens; t += kLanes) {
+      const f32v add = load(bias.of + t);
+      store(x + t, add == -kInfinity ? add : load(x + t) + add);
     }
   }
 
@@ -145,6 +216,8 @@ class PackedRows {
   Scratch<float> logits_;              // [rows][128]; zeros between sources
   Scratch<float> natural_, loose_[2];  // residual tokens as a page
   KvPage loose_page_[2];
+  TokenBias bias_;
+  KeptTokens kept_;
   PageProduct product_;
 };
 
@@ -164,8 +237,10 @@ void write_row(const PackedAttentionParams& p, const PartialRows* parts, int64_t
 template <class T>
 void attend(const PackedAttentionParams& p) {
   const int32_t group = p.heads / p.key_heads, rows = p.num_queries * group, stride = padded(p.head_dim);
-  const int32_t sources = p.pages[0].count + ceil_div(p.residual_tokens, kPageTokens), parts = ceil_div(sources, kPartPages);
-  const int64_t heads = int64_t{p.batch} * p.key_heads, values_size = int64_t{round_up(rows, kProductRows)} * stride;
+  const int32_t sources = p.pages[0].count + p.pages[1].count + ceil_div(p.residual_tokens, kPageTokens);
+  const int32_t parts = ceil_div(sources, kPartPages);
+  const int64_t heads = int64_t{p.batch} * p.key_heads;
+  const int64_t values_size = int64_t{round_up(rows, kProductRows)} * stride;
   Scratch<float> values = scratch<float>(heads * parts * values_size), sums = scratch<float>(heads * parts * rows * 2);
   std::vector<PartialRows> partial(heads * parts);
   for (size_t i = 0; i < partial.size(); ++i)
@@ -174,10 +249,10 @@ void attend(const PackedAttentionParams& p) {
   run_tasks(
       heads * parts, work, [&] { return PackedRows<T>(p); },
       [&](PackedRows<T>& worker, int64_t i) {
-        const int64_t head = i / parts;
-        const Range range = tile_range(static_cast<int32_t>(i % parts), kPartPages, sources);
-        worker.run(static_cast<int32_t>(head / p.key_heads), static_cast<int32_t>(head % p.key_heads), range.begin,
-                   range.end, partial[i]);
+        const int32_t b = static_cast<int32_t>(i / parts / p.key_heads);
+        const int32_t h = static_cast<int32_t>(i / parts % p.key_heads);
+        const Range range = tile_range(static_cast<int32_t>(i % parts), kPartPages, Sources(p, b).count);
+        worker.run(b, h, range.begin, range.end, partial[i]);
       });
   Scratch<float> merged = scratch<float>(stride);
   for (int64_t head = 0; head < heads; ++head)
