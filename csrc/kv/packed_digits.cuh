@@ -8,6 +8,8 @@
 // A scale of the depth is multiplied into the decoded pair (with the zero added: one fma); a scale of the lane and its
 // zero are applied to the sums over its group of depth.
 #pragma once
+#include <type_traits>
+
 #include "device/code_pairs.cuh"
 #include "kv/packed_stage.cuh"
 
@@ -124,15 +126,27 @@ struct MetaPairs {
   }
 };
 
+// Pair kPair of lane j, scaled.
+template <int kPair, class Digits>
+__device__ inline uint32_t scaled_pair(const Digits& digits, int j, const MetaPairs& meta) {
+  if constexpr (std::is_same_v<Digits, SignDigits>)
+    return flip_pair<kPair>(meta.scale[kPair], digits.word[j]);
+  else
+    return ptx::fma_pair<__half>(digits.template pair<kPair>(j), meta.scale[kPair], meta.zero[kPair]);
+}
+
 template <class T, class Digits, bool kPerDepth, int kPair>
 __device__ inline void multiply_pairs(Products& to, const uint32_t (&a)[4], const Digits& digits,
                                       const MetaPairs& meta) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    uint32_t b[2] = {digits.template pair<kPair>(j), digits.template pair<kPair + 1>(j)};
+    uint32_t b[2];
     if constexpr (kPerDepth) {
-      b[0] = ptx::fma_pair<__half>(b[0], meta.scale[kPair], meta.zero[kPair]);
-      b[1] = ptx::fma_pair<__half>(b[1], meta.scale[kPair + 1], meta.zero[kPair + 1]);
+      b[0] = scaled_pair<kPair>(digits, j, meta);
+      b[1] = scaled_pair<kPair + 1>(digits, j, meta);
+    } else {
+      b[0] = digits.template pair<kPair>(j);
+      b[1] = digits.template pair<kPair + 1>(j);
     }
     ptx::mma_m16n8k16<T>(to[j], a, b);
   }
@@ -204,10 +218,13 @@ __device__ inline void multiply_scaled(const SectionTile& s, bool per_lane, Prod
     multiply_section<__half, Digits, true>(s, out);
 }
 
-template <class T>
-__device__ inline void multiply_scheme(KvScheme scheme, const SectionTile& s, bool per_lane, Products& out) {
+// bfloat16: of the elements of scheme none.
+__device__ inline void multiply_scheme(KvScheme scheme, bool bfloat16, const SectionTile& s, bool per_lane,
+                                       Products& out) {
   switch (scheme) {
-    case KvScheme::kNone: return multiply_section<T, Elements, false>(s, out);
+    case KvScheme::kNone:
+      return bfloat16 ? multiply_section<__nv_bfloat16, Elements, false>(s, out)
+                      : multiply_section<__half, Elements, false>(s, out);
     case KvScheme::kFp8: return multiply_scaled<Fp8Digits>(s, per_lane, out);
     case KvScheme::kInt4: return multiply_scaled<WordDigits<4, 0>>(s, per_lane, out);
     case KvScheme::kInt2: return multiply_scaled<WordDigits<2, 0>>(s, per_lane, out);

@@ -72,7 +72,7 @@ struct FloatBlock {
         const int32_t t = e / p.head_dim, c = e % p.head_dim;
         float x = 0.0f;
         if (t < from.count)
-          x = to_float(reinterpret_cast<const float*>(p.residual[side].at(task.b, task.key_head, from.place + t))[c]);
+          x = reinterpret_cast<const float*>(p.residual[side].at(task.b, task.key_head, from.place + t))[c];
         s.page[side == 0 ? c * stride + t : t * stride + c] = x;
       }
       return;
@@ -89,7 +89,7 @@ struct FloatBlock {
       }
       for (int32_t e = threadIdx.x; e < page.depth * page.lanes; e += kThreads) {
         const int32_t d = e / page.lanes, l = e % page.lanes;
-        to[d * shared_stride(page) + l] = to_float(reinterpret_cast<const float*>(codes)[raw_place(page, d, l)]);
+        to[d * shared_stride(page) + l] = reinterpret_cast<const float*>(codes)[raw_place(page, d, l)];
       }
     }
   }
@@ -144,7 +144,7 @@ struct FloatBlock {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) packed_float_kernel(const __grid_constant__ PackedAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2) packed_float_kernel(const __grid_constant__ PackedAttentionParams p) {
   VTK_DYNAMIC_SHARED(shared);
   const Work w = work_of(p);
   const Task task(p, w);

@@ -75,7 +75,6 @@ inline MmaPlan mma_plan(const PackedAttentionParams& p) {
   return plan;
 }
 
-template <class T>
 struct MmaBlock {
   const PackedAttentionParams& p;
   const MmaPlan& plan;
@@ -83,6 +82,7 @@ struct MmaBlock {
   uint16_t *sQuery, *sWeights;
   unsigned char *sTrits, *sStages;
 
+  __device__ bool bfloat16() const { return p.dtype == DType::kBFloat16; }
   __device__ const KvPage& page_of(const Source& from, int side) const {
     return from.kind == kResidual ? plan.raw[side] : p.pages[from.kind].page[side];
   }
@@ -97,8 +97,7 @@ struct MmaBlock {
   __device__ float query(int32_t r, int32_t c, bool ordered) const {
     const PackedRow at = packed_row(task.first + r, task.group);
     const int32_t channel = ordered ? channel_of(p.order, {task.b, task.key_head, 0, 0}, c, p.head_dim) : c;
-    return to_float(
-        reinterpret_cast<const T*>(p.query.at(task.b, task.key_head * task.group + at.head, at.query))[channel]);
+    return load_float(p.query.at(task.b, task.key_head * task.group + at.head, at.query), p.dtype, channel);
   }
 
   // sQuery: the forms of the queries, zeros beyond rows and channels. sFactor: of a row's products with pages, behind
@@ -108,30 +107,37 @@ struct MmaBlock {
     const int32_t form = kRows * plan.query_stride;
     for (int32_t e = threadIdx.x; e < plan.query_copies * form / 2; e += kMmaThreads)
       reinterpret_cast<uint32_t*>(sQuery)[e] = 0;
-    if (threadIdx.x < kRows) {
-      const int32_t r = threadIdx.x;
-      float most = 0.0f;
-      if (r < task.rows)
-        for (int32_t c = 0; c < p.head_dim; ++c) most = fmaxf(most, fabsf(query(r, c, false)));
+    float most = 0.0f;
+    const int32_t mine = threadIdx.x / (kMmaThreads / kRows);  // row
+    if (mine < task.rows)
+#pragma unroll 4
+      for (int32_t c = threadIdx.x % (kMmaThreads / kRows); c < p.head_dim; c += kMmaThreads / kRows) {
+        const float x = query(mine, c, false);
+        sDepth[c * kRows + mine] = x;
+        most = fmaxf(most, fabsf(x));
+      }
+    most = warp_reduce<kMmaThreads / kRows>(most, Max());
+    if (threadIdx.x % (kMmaThreads / kRows) == 0) {
       const int32_t exponent = __float_as_int(most) >> 23;
       const bool scaled = exponent > 0 && exponent < 254;
-      sFactor[r] = p.scale * kLog2E * (scaled ? __int_as_float(exponent << 23) : 1.0f);
-      sFactor[kRows + r] = p.scale * kLog2E;
-      sFactor[2 * kRows + r] = scaled ? __int_as_float((254 - exponent) << 23) : 1.0f;
+      sFactor[mine] = p.scale * kLog2E * (scaled ? __int_as_float(exponent << 23) : 1.0f);
+      sFactor[kRows + mine] = p.scale * kLog2E;
+      sFactor[2 * kRows + mine] = scaled ? __int_as_float((254 - exponent) << 23) : 1.0f;
     }
     __syncthreads();
     const auto put = [&](int copy, int32_t r, int32_t place, float x) {
-      sQuery[copy * form + r * plan.query_stride + operand_place(place)] =
-          static_cast<uint16_t>(copy == 0 ? pack_pair<T>(x, 0.0f) : pack_pair<__half>(x, 0.0f));
+      sQuery[copy * form + r * plan.query_stride + operand_place(place)] = static_cast<uint16_t>(
+          copy == 0 && bfloat16() ? pack_pair<__nv_bfloat16>(x, 0.0f) : pack_pair<__half>(x, 0.0f));
     };
     for (int32_t e = threadIdx.x; e < kRows * p.head_dim; e += kMmaThreads) {
       const int32_t r = e % kRows, c = e / kRows;
       if (r >= task.rows) continue;
-      const float x = query(r, c, false);
+      const float x = sDepth[e];
       put(0, r, c, x);
       put(1, r, c, x * sFactor[2 * kRows + r]);
     }
     if (p.order.data == nullptr) return;
+    __syncthreads();
     for (int32_t e = threadIdx.x; e < kRows * p.head_dim; e += kMmaThreads)
       sDepth[e] = e % kRows < task.rows ? query(e % kRows, e / kRows, true) * sFactor[2 * kRows + e % kRows] : 0.0f;
     __syncthreads();
@@ -194,7 +200,7 @@ struct MmaBlock {
       s.meta_width = staged_meta_width(page, section);
       s.zeros = meta_groups(page, section) * s.meta_width;
       if (page.is_key) s.blocks = {0, blocks};
-      multiply_scheme<T>(section.scheme, s, page.per_lane, products);
+      multiply_scheme(section.scheme, bfloat16(), s, page.per_lane, products);
       s.first_row += word_rows(section);
       s.meta += meta_planes(section.scheme) * s.zeros;
       s.factors += blocks * 32;
@@ -263,8 +269,9 @@ __device__ inline void store_weights(const float* sMost, const Products& x, RowS
   }
 }
 
-template <class T, int kTiles>
-__global__ void __launch_bounds__(kMmaThreads)
+// kTiles: of 32 channels of values, that a warp takes.
+template <int kTiles>
+__global__ void __launch_bounds__(kMmaThreads, kTiles == 1 ? 3 : 2)
     packed_mma_kernel(const __grid_constant__ PackedAttentionParams p, const __grid_constant__ MmaPlan plan) {
   VTK_DYNAMIC_SHARED(shared);
   __shared__ float sFactor[3 * kRows], sMost[kMmaWarps * kRows], sSum[kMmaWarps * kRows];
@@ -275,7 +282,7 @@ __global__ void __launch_bounds__(kMmaThreads)
   uint16_t* sQuery = reinterpret_cast<uint16_t*>(shared);
   uint16_t* sWeights = sQuery + plan.query_bytes() / 2;
   unsigned char* sTrits = reinterpret_cast<unsigned char*>(sWeights + kRows * kWeightStride);
-  const MmaBlock<T> block = {p, plan, task, sQuery, sWeights, sTrits, sTrits + plan.trit_bytes};
+  const MmaBlock block = {p, plan, task, sQuery, sWeights, sTrits, sTrits + plan.trit_bytes};
 
   // What this warp takes of the values.
   const int32_t splits = token_splits(p.head_dim), tiles = ceil_div(p.head_dim, 32);
@@ -309,8 +316,8 @@ __global__ void __launch_bounds__(kMmaThreads)
         if (page.section[0].scheme != KvScheme::kNone)
           factors += (page.sections == 2 ? 2 : 1) * kRows * plan.query_stride;
       } else {
-        if (page.section[0].scheme == KvScheme::kNone)
-          store_weights<T>(sMost, score, rows, correct, sWeights);
+        if (page.section[0].scheme == KvScheme::kNone && block.bfloat16())
+          store_weights<__nv_bfloat16>(sMost, score, rows, correct, sWeights);
         else
           store_weights<__half>(sMost, score, rows, correct, sWeights);
         const bool any = __any_sync(kAllLanes, gone != 0xffu);
