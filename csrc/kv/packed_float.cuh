@@ -38,7 +38,6 @@ __device__ inline FloatShared carve(const PackedAttentionParams& p, float* memor
   return s;
 }
 
-template <class T>
 struct FloatBlock {
   const PackedAttentionParams& p;
   const Task& task;
@@ -49,8 +48,9 @@ struct FloatBlock {
     for (int32_t e = threadIdx.x; e < task.rows * p.head_dim; e += kThreads) {
       const int32_t r = e / p.head_dim, c = e % p.head_dim;
       const PackedRow at = packed_row(task.first + r, task.group);
-      const T* from = reinterpret_cast<const T*>(p.query.at(task.b, task.key_head * task.group + at.head, at.query));
-      s.query[e] = to_float(from[c]) * (p.scale * kLog2E);
+      const float* from =
+          reinterpret_cast<const float*>(p.query.at(task.b, task.key_head * task.group + at.head, at.query));
+      s.query[e] = from[c] * (p.scale * kLog2E);
       s.out[e] = 0.0f;
     }
     for (int32_t r = threadIdx.x; r < kRows; r += kThreads) s.most[r] = kNoLogit, s.sum[r] = 0.0f;
@@ -72,7 +72,7 @@ struct FloatBlock {
         const int32_t t = e / p.head_dim, c = e % p.head_dim;
         float x = 0.0f;
         if (t < from.count)
-          x = to_float(reinterpret_cast<const T*>(p.residual[side].at(task.b, task.key_head, from.place + t))[c]);
+          x = reinterpret_cast<const float*>(p.residual[side].at(task.b, task.key_head, from.place + t))[c];
         s.page[side == 0 ? c * stride + t : t * stride + c] = x;
       }
       return;
@@ -89,7 +89,7 @@ struct FloatBlock {
       }
       for (int32_t e = threadIdx.x; e < page.depth * page.lanes; e += kThreads) {
         const int32_t d = e / page.lanes, l = e % page.lanes;
-        to[d * shared_stride(page) + l] = to_float(reinterpret_cast<const T*>(codes)[raw_place(page, d, l)]);
+        to[d * shared_stride(page) + l] = reinterpret_cast<const float*>(codes)[raw_place(page, d, l)];
       }
     }
   }
@@ -144,12 +144,11 @@ struct FloatBlock {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) packed_float_kernel(const __grid_constant__ PackedAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2) packed_float_kernel(const __grid_constant__ PackedAttentionParams p) {
   VTK_DYNAMIC_SHARED(shared);
   const Work w = work_of(p);
   const Task task(p, w);
-  const FloatBlock<T> block = {p, task, carve(p, reinterpret_cast<float*>(shared))};
+  const FloatBlock block = {p, task, carve(p, reinterpret_cast<float*>(shared))};
   block.load_queries();
   for (int32_t n = task.sources.begin; n < task.sources.end; ++n) {
     const Source source = task.source(p, n);

@@ -28,6 +28,13 @@ __host__ __device__ inline Work work_of(const PackedAttentionParams& p) {
   return w;
 }
 
+__device__ inline int32_t sources_of(const PackedAttentionParams& p, int32_t b) {
+  return pages_of(p, b) + p.pages[1].count + ceil_div(residual_of(p, b), kPageTokens);
+}
+__device__ inline int32_t parts_of(const PackedAttentionParams& p, int32_t b) {
+  return ceil_div(sources_of(p, b), kPartSources);
+}
+
 // A part's row in the workspace: D sums, the maximum of the logits in powers of two, the sum of the weights.
 __host__ __device__ inline int64_t partial_at(const PackedAttentionParams& p, const Work& w, int64_t key_head,
                                               int32_t part, int32_t row) {
@@ -55,7 +62,7 @@ struct Task {
     group = p.heads / p.key_heads;
     first = blockIdx.x % w.row_blocks * kRows, rows = min(kRows, w.rows - first);
     pages = pages_of(p, b), residual = residual_of(p, b);
-    sources = tile_range(blockIdx.y, kPartSources, pages + p.pages[1].count + ceil_div(residual, kPageTokens));
+    sources = tile_range(blockIdx.y, kPartSources, sources_of(p, b));
   }
 
   __device__ Source source(const PackedAttentionParams& p, int32_t n) const {
