@@ -55,20 +55,28 @@ def test_mix_along_tokens_of_channels(backend, random):
     check(backend, k, k, KVFormat("mix", "sign", 32, "token", "token"), k_order=channel_order(k))
 
 
-@QUICK
-@given(data=st.data())
-def test_any_shape(backend, data):
+def any_case(data):
+    """Keys, values, a format and a channel order, if the format wants one: schemes x axes x groups x lengths."""
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     group = data.draw(st.sampled_from([32, 64, 128]))
     k_axis, v_axis = (data.draw(st.sampled_from(["channel", "token"])) for _ in range(2))
-    unit = group if "token" in (k_axis, v_axis) else 8
+    k_scheme, v_scheme = data.draw(st.sampled_from([*SCHEMES, "mix"])), data.draw(st.sampled_from(SCHEMES))
+    unit = 8
+    if "token" in (k_axis, v_axis):
+        unit = 2 * group if k_scheme == "mix" and k_axis == "token" else group
     head_dim = unit * data.draw(st.integers(1, 40 // unit or 1))
     batch, heads, pages = (data.draw(st.integers(1, 2)) for _ in range(3))
-    format = KVFormat(*(data.draw(st.sampled_from(SCHEMES)) for _ in range(2)), group, k_axis, v_axis)
     shape = (batch, pages * 128, heads, head_dim + 3)
     dtype = data.draw(st.sampled_from(FLOATS))
     k, v = (draw(random, *shape, dtype=dtype).transpose(1, 2)[..., 1:-2] for _ in range(2))
-    check(backend, k, v, format)
+    return k, v, KVFormat(k_scheme, v_scheme, group, k_axis, v_axis), channel_order(k) if k_scheme == "mix" else None
+
+
+@QUICK
+@given(data=st.data())
+def test_any_shape(backend, data):
+    k, v, format, order = any_case(data)
+    check(backend, k, v, format, k_order=order)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 128, 32), (2, 0, 128, 32), (2, 2, 0, 32)])
@@ -119,6 +127,15 @@ def test_extreme_values(backend, scheme):
     x = torch.tensor([1e9, -1e9, 65504, -65504, 1e-30, -1e-30, -0.0, 1e-7]).repeat(16)
     k = torch.stack([x, -x, x.clamp(-1e-6, 1e-6), x * 0, -x.abs(), x.abs(), x.clamp(-1e-8, 1e-7), x / 1e9], -1)
     check(backend, k[None, None], k[None, None].flip(-1), KVFormat(scheme, scheme, 64))
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "ternary5", "sign"])
+def test_magnitudes_whose_sum_overflows(backend, scheme):
+    """Finite, but no mean: not a number, and no infinity."""
+    k = torch.ones(1, 1, 128, 8)
+    k[0, 0, 64:, 2] = 1e38
+    _, meta, _, _ = check(backend, k, k, KVFormat(scheme, scheme, 32))
+    assert meta.cpu()[0, 0, 0].view(4, 8).isnan().nonzero().tolist() == [[2, 2], [3, 2]]
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int2", 3), ("int4", 15)])

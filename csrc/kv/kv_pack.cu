@@ -37,17 +37,15 @@ __device__ void load_page(const KvPackSide& side, const PageIndex& at, int32_t h
 }
 
 // One group: `size` values that stand `step` apart become codes.
-__device__ KvMeta quantise_group(KvScheme scheme, float* values, int32_t size, int32_t step, float threshold) {
-  KvStatistics<float> stats = begin_statistics(values[0]);
-  for (int32_t i = 0; i < size; ++i) observe(stats, values[i * step]);
-  const float limit = threshold * (stats.sum / static_cast<float>(size));
-  if (scheme == KvScheme::kTernary || scheme == KvScheme::kTernary5)
-    for (int32_t i = 0; i < size; ++i) observe_kept(stats, values[i * step], limit);
-  const KvMeta meta = meta_of<DeviceHalf>(scheme, stats, static_cast<float>(size));
-  const float scale = DeviceHalf::to(meta.scale), zero = DeviceHalf::to(meta.zero);
+__device__ KvMeta<float, uint32_t> quantise_group(KvScheme scheme, float* values, int32_t size, int32_t step,
+                                                  float threshold) {
+  const auto at = [=](int32_t i) { return values[i * step]; };
+  const KvStatistics<float> stats = kv_statistics<float>(scheme, at, size, threshold);
+  const auto meta = meta_of<DeviceHalf>(scheme, stats);
+  const float zero = DeviceHalf::to(meta.zero);
   for (int32_t i = 0; i < size; ++i) {
     float& x = values[i * step];
-    x = bits_as<float>(kv_code<uint32_t>(scheme, x, scale, zero, limit));
+    x = kv_code<uint32_t>(scheme, x, meta.inverse, zero, stats.limit);
   }
   return meta;
 }
@@ -60,9 +58,9 @@ __device__ void quantise_section(const KvPackSide& side, const KvSection& s, flo
   for (int32_t i = threadIdx.x; i < count; i += kThreads) {
     const int32_t first = i / width * page.group, across = i % width;
     float* values = page.per_lane ? x + first * stride + across : x + across * stride + first;
-    const KvMeta found = quantise_group(s.scheme, values, page.group, page.per_lane ? stride : 1, threshold);
-    scales[i] = found.scale;
-    if (meta_planes(s.scheme) == 2) zeros[i] = found.zero;
+    const auto found = quantise_group(s.scheme, values, page.group, page.per_lane ? stride : 1, threshold);
+    scales[i] = static_cast<uint16_t>(found.scale);
+    if (meta_planes(s.scheme) == 2) zeros[i] = static_cast<uint16_t>(found.zero);
   }
 }
 
@@ -99,7 +97,7 @@ __device__ void write_trits(const KvSection& s, int32_t lanes, const CodeAt& cod
 
 __device__ void write_section(const KvPage& page, const KvSection& s, const float* x, uint8_t* codes) {
   const int32_t stride = shared_stride(page);
-  const auto code_at = [&](int32_t d, int32_t l) { return bits_as<uint32_t>(x[d * stride + l]); };
+  const auto code_at = [&](int32_t d, int32_t l) { return static_cast<uint32_t>(x[d * stride + l]); };
   uint32_t* words = reinterpret_cast<uint32_t*>(codes + s.code_offset);
   switch (s.scheme) {
     case KvScheme::kFp8: return write_words<8>(s, page.lanes, code_at, words);

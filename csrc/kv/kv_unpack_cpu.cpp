@@ -1,11 +1,11 @@
-// kv_unpack on the CPU. A task is one page of keys or of values: codes become values in the form [depth][lane], and
-// that becomes rows of tokens.
+// kv_unpack on the CPU. A task is one page of keys or of values. Words become values with lanes as lanes: of values
+// these are tokens, which are written as they are; keys are brought into that form in scratch memory.
 #include "kv/kv_unpack.h"
 
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "device/bits.cuh"
-#include "kv/page_cpu.h"
+#include "kv/page_product.h"
 
 namespace vtk {
 namespace VTK_ISA {
@@ -13,42 +13,153 @@ namespace {
 
 constexpr int32_t kMostScales = 2048;  // of a section: 8 groups of 32 in 256 channels, whose scales fill padded rows
 
+// Rows [depth][lane] in scratch memory or of the result.
+template <class X>
+struct Rows {
+  X* data;
+  int64_t stride;
+  X* at(int32_t row, int32_t lane) const { return data + row * stride + lane; }
+};
+
+// The codes of a section become values.
+class SectionUnpacker {
+ public:
+  // To whole vectors of rows, from the codes and numbers of a page.
+  template <class X>
+  void unpack(const KvPage& page, const KvSection& s, const uint8_t* codes, const uint16_t* meta, const Rows<X>& to) {
+    read_meta(page, s, meta);
+    codes_ = reinterpret_cast<const char*>(trits_.open(page, codes)) + s.code_offset;
+    switch (s.scheme) {
+      case KvScheme::kFp8: return unpack(WideCodes<KvScheme::kFp8>{}, page, s, to);
+      case KvScheme::kInt4: return unpack(WideCodes<KvScheme::kInt4>{}, page, s, to);
+      case KvScheme::kInt2: return unpack(TableCodes<2>{table_of(0, 1, 2, 3)}, page, s, to);
+      case KvScheme::kTernary: return unpack(PlaneCodes{}, page, s, to);
+      case KvScheme::kTernary5: return unpack(ByteCodes{}, page, s, to);
+      default: return unpack(TableCodes<1>{table_of(1, -1, 1, -1)}, page, s, to);
+    }
+  }
+
+ private:
+  void read_meta(const KvPage& page, const KvSection& s, const uint16_t* meta) {
+    const int32_t groups = meta_groups(page, s), width = meta_width(page, s);
+    const f16 *scales = reinterpret_cast<const f16*>(meta) + s.meta_offset, *zeros = scales + groups * width;
+    number_stride_ = padded(width);
+    std::fill_n(zeros_.get(), groups * number_stride_, 0.0f);
+    for (int32_t g = 0; g < groups; ++g) {
+      load_row(scales + g * width, width, &scales_[g * number_stride_]);
+      if (meta_planes(s.scheme) == 2) load_row(zeros + g * width, width, &zeros_[g * number_stride_]);
+    }
+  }
+
+  template <class Decoder, class X>
+  void unpack(const Decoder& decoder, const KvPage& page, const KvSection& s, const Rows<X>& to) const {
+    page.per_lane ? write_values<true>(decoder, page, s, to) : write_values<false>(decoder, page, s, to);
+  }
+
+  template <bool kPerLane, class Decoder, class X>
+  void write_values(const Decoder& decoder, const KvPage& page, const KvSection& s, const Rows<X>& to) const {
+    constexpr int32_t kCodes = Decoder::kCodes, kRun = kLanes * Decoder::kLaneBytes;
+    const int64_t run = int64_t{page.lanes} * Decoder::kLaneBytes;
+    const char* from = codes_;
+    for (int32_t first = 0; first < s.depth; first += kCodes, from += Decoder::kPlanes * run) {
+      for (int32_t l = 0; l < page.lanes; l += kLanes) {
+        char last[Decoder::kPlanes * kRun];
+        const auto opened = open<Decoder>(from + l * Decoder::kLaneBytes, run, page.lanes - l, last);
+        const auto number = numbers<kPerLane>(page, first, l);
+        const auto write = [&](auto index) __attribute__((always_inline)) {
+          constexpr int i = decltype(index)::value;
+          if (first + i < s.depth)
+            store_values(to.at(first + i, l), number.value(first + i, decoder.template digit<i>(opened)));
+        };
+        each_index(write, std::make_integer_sequence<int, kCodes>());
+      }
+    }
+  }
+
+  template <class Body, int... i>
+  static inline __attribute__((always_inline)) void each_index(const Body& body, std::integer_sequence<int, i...>) {
+    (body(std::integral_constant<int, i>()), ...);
+  }
+
+  // What makes values of some lanes' digits, at depths of one group.
+  template <bool kPerLane>
+  struct Numbers {
+    const float *scales, *zeros;
+    f32v scale, zero;
+    f32v value(int32_t d, f32v digit) const {
+      return kPerLane ? scale * digit + zero : splat(scales[d]) * digit + splat(zeros[d]);
+    }
+  };
+  template <bool kPerLane>
+  Numbers<kPerLane> numbers(const KvPage& page, int32_t first, int32_t l) const {
+    const int32_t i = ((kPerLane ? first : l) >> __builtin_ctz(page.group)) * number_stride_ + (kPerLane ? l : 0);
+    return {&scales_[i], &zeros_[i], load(&scales_[i]), load(&zeros_[i])};
+  }
+
+  // The codes of `count` lanes. Where these are fewer than a vector has, `last` is filled up with others.
+  template <class Decoder>
+  static typename Decoder::Opened open(const char* at, int64_t run, int32_t count, char* last) {
+    if (count >= kLanes) return Decoder::open(at, run);
+    constexpr int32_t kRun = kLanes * Decoder::kLaneBytes;
+    std::memset(last, 0, Decoder::kPlanes * kRun);
+    for (int plane = 0; plane < Decoder::kPlanes; ++plane)
+      std::memcpy(last + plane * kRun, at + plane * run, count * Decoder::kLaneBytes);
+    return Decoder::open(last, kRun);
+  }
+
+  Scratch<float> scales_ = scratch<float>(kMostScales),
+                 zeros_ = scratch<float>(kMostScales);  // [groups][number_stride_]
+  PageProduct trits_;                                   // rewrites them
+  int32_t number_stride_ = 0;
+  const char* codes_ = nullptr;
+};
+
 template <class T>
 class PageUnpacker {
  public:
   explicit PageUnpacker(const KvUnpackParams& params) : p(params) {
-    const int32_t most = padded(std::max(p.head_dim, kPageTokens));
+    const int32_t stride = row_stride(std::max(p.head_dim, kPageTokens));
     for (Scratch<float>* matrix : {&page_, &rows_}) {
-      *matrix = scratch<float>(int64_t{most} * most);
-      std::fill_n(matrix->get(), int64_t{most} * most, 0.0f);  // what pads a row takes part in vectors
+      *matrix = scratch<float>(int64_t{stride} * stride);
+      std::fill_n(matrix->get(), int64_t{stride} * stride, 0.0f);  // what pads a row takes part in vectors
     }
     row_of_ = scratch<int32_t>(p.head_dim);
-    scales_ = scratch<float>(kMostScales);
-    zeros_ = scratch<float>(kMostScales);
   }
 
   void run(const KvUnpackSide& side, int32_t b, int32_t h, int32_t n) {
     const KvPage& page = side.page;
     codes_ = side.codes.at(b, h, n);
+    const uint16_t* meta = side.meta.at(b, h, n);
     const auto token = [&](int32_t t) { return reinterpret_cast<T*>(side.x.at(b, h, int64_t{n} * kPageTokens + t)); };
+    const Rows<float> rows = {rows_.get(), padded(p.head_dim)};
+    const auto row_of_token = [&](int32_t t) { return rows.at(t, 0); };
     if (page.section[0].scheme == KvScheme::kNone) return copy(page, token);
-    stride_ = padded(page.lanes);
-    for (int32_t i = 0; i < page.sections; ++i) {
-      const KvSection& s = page.section[i];
-      read_meta(page, s, side.meta.at(b, h, n) + s.meta_offset);
-      read_codes(page, s);
-      if (i == 1) hadamard(&page_[int64_t{s.first} * stride_], s.depth, stride_);
-    }
     if (page.is_key) {
+      const Rows<float> channels = {page_.get(), row_stride(kPageTokens)};
+      for (int32_t i = 0; i < page.sections; ++i) {
+        const KvSection& s = page.section[i];
+        float* x = channels.at(s.first, 0);
+        sections_.unpack(page, s, codes_, meta, Rows<float>{x, channels.stride});
+        if (i == 1) hadamard(x, s.depth, static_cast<int32_t>(channels.stride));
+      }
       for (int32_t row = 0; row < p.head_dim; ++row) row_of_[side.order.channel(b, h, row)] = row;
-      const int32_t stride = padded(p.head_dim);
-      transpose_matrix(
-          p.head_dim, kPageTokens, [&](int32_t c) { return &page_[int64_t{row_of_[c]} * stride_]; },
-          [&](int32_t t) { return &rows_[int64_t{t} * stride]; });
-      for (int32_t t = 0; t < kPageTokens; ++t) store_row(&rows_[int64_t{t} * stride], p.head_dim, token(t));
+      const auto channel = [&](int32_t c) { return channels.at(row_of_[c], 0); };
+      if constexpr (sizeof(T) == 2)
+        if (p.head_dim % (2 * kLanes) == 0)
+          return transpose_blocks(
+              p.head_dim / 2, kPageTokens,
+              [&](int32_t c, int32_t t) {
+                return pair_of(load(channel(2 * c) + t), load(channel(2 * c + 1) + t), T());
+              },
+              [&](int32_t t, int32_t c, f32v pair) { store(reinterpret_cast<float*>(token(t)) + c, pair); });
+      transpose_matrix(p.head_dim, kPageTokens, channel, row_of_token);
     } else {
-      for (int32_t t = 0; t < kPageTokens; ++t) store_row(&page_[int64_t{t} * stride_], p.head_dim, token(t));
+      const KvSection& s = page.section[0];
+      if (p.head_dim % kLanes == 0)
+        return sections_.unpack(page, s, codes_, meta, Rows<T>{token(0), token(1) - token(0)});
+      sections_.unpack(page, s, codes_, meta, rows);
     }
+    for (int32_t t = 0; t < kPageTokens; ++t) store_row(row_of_token(t), p.head_dim, token(t));
   }
 
  private:
@@ -73,57 +184,10 @@ class PageUnpacker {
     }
   }
 
-  void read_meta(const KvPage& page, const KvSection& s, const uint16_t* meta) {
-    const int32_t groups = meta_groups(page, s), width = meta_width(page, s);
-    meta_stride_ = padded(width);
-    std::fill_n(zeros_.get(), groups * meta_stride_, 0.0f);
-    for (int32_t g = 0; g < groups; ++g)
-      for (int32_t i = 0; i < width; ++i) {
-        scales_[g * meta_stride_ + i] = CpuHalf::to(meta[g * width + i]);
-        if (meta_planes(s.scheme) == 2) zeros_[g * meta_stride_ + i] = CpuHalf::to(meta[(groups + g) * width + i]);
-      }
-  }
-
-  void read_codes(const KvPage& page, const KvSection& s) {
-    const uint8_t* from = codes_ + s.code_offset;
-    if (s.scheme == KvScheme::kTernary5) return read_trits(page, s, from);
-    const int bits = code_bits(s.scheme), planes = s.scheme == KvScheme::kTernary ? 2 : 1;
-    for (int32_t row = 0; row < word_rows(s); ++row)
-      for (int32_t l = 0; l < page.lanes; l += kLanes) {
-        u32v word[2] = {};
-        for (int32_t plane = 0; plane < planes; ++plane)
-          word[plane] = load_words(from + ((int64_t{row} * planes + plane) * page.lanes + l) * 4, page.lanes - l);
-        for (int32_t i = 0; i < std::min(32 / bits, s.depth - row * (32 / bits)); ++i) {
-          const u32v code = word[0] >> code_place(bits, i) & ((1u << bits) - 1);
-          const u32v negative = word[1] >> code_place(bits, i) & 1u;
-          write_value(page, s, row * (32 / bits) + i, l, planes == 2 ? 1u + code - 2u * negative : code);
-        }
-      }
-  }
-
-  void read_trits(const KvPage& page, const KvSection& s, const uint8_t* from) {
-    const int32_t bytes = trit_bytes(s, page.lanes);
-    Scratch<uint32_t> trits = scratch<uint32_t>(int64_t{bytes} * kTritsPerByte + kLanes);
-    for (int i = 0; i < kTritsPerByte; ++i)
-      for (int32_t j = 0; j < bytes; ++j) trits[int64_t{i} * bytes + j] = trit_of(from[j], i);
-    for (int32_t d = 0; d < s.depth; ++d)
-      for (int32_t l = 0; l < page.lanes; l += kLanes)
-        write_value(page, s, d, l, load_words(&trits[int64_t{d} * page.lanes + l]));
-  }
-
-  void write_value(const KvPage& page, const KvSection& s, int32_t d, int32_t l, u32v code) {
-    const int64_t at =
-        page.per_lane ? int64_t{d} / page.group * meta_stride_ + l : int64_t{l} / page.group * meta_stride_ + d;
-    const f32v scale = page.per_lane ? load(&scales_[at]) : splat(scales_[at]);
-    const f32v zero = page.per_lane ? load(&zeros_[at]) : splat(zeros_[at]);
-    store(&page_[(int64_t{s.first} + d) * stride_ + l], scale * kv_digit<f32v>(s.scheme, code) + zero);
-  }
-
   const KvUnpackParams& p;
-  Scratch<float> page_, rows_;  // the page as [depth][lane], and keys as rows of tokens
+  Scratch<float> page_, rows_;  // keys as [depth][lane], and tokens that fill no vectors
   Scratch<int32_t> row_of_;     // of each channel
-  Scratch<float> scales_, zeros_;
-  int32_t stride_ = 0, meta_stride_ = 0;
+  SectionUnpacker sections_;
   const uint8_t* codes_ = nullptr;
 };
 

@@ -15,8 +15,10 @@ namespace {
 constexpr int kThreads = 256;
 
 struct DeviceHalf {
-  static __device__ uint16_t from(float x) { return __half_as_ushort(__float2half_rn(x)); }
-  static __device__ float to(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  static __host__ __device__ uint32_t from(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  static __host__ __device__ float to(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
 };
 
 __host__ __device__ constexpr int32_t shared_stride(const KvPage& page) { return page.lanes + 1; }

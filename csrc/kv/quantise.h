@@ -1,12 +1,15 @@
 // One group of values to a scale, a zero and codes, and back; the definition for all kernels. Every step is one IEEE
-// float32 operation in a fixed order, so that processors, compilers and the reference agree in every bit.
+// float32 operation in a fixed order, so that processors, compilers and the reference agree in every bit. (No sum has
+// an inexact product for a term: a compiler may fuse the two.)
 //
-//   int       x = s c + z        z = low rounded down, s = (high - z) / most rounded up: |error| <= s / 2
-//   fp8       x = s e4m3(c)      s = max|x| / 448 rounded up
+//   int       x = s c + z        z = low rounded down, s = (high - z) / most rounded up, c = (x - z) (1 / s) rounded
+//   fp8       x = s e4m3(c)      s = max|x| / 448 rounded up, c = |x| (1 / s) rounded
 //   ternary   x = s (c - 1)      codes away from 1 where |x| > threshold * mean|x|; s = the mean of |x| there
 //   sign      x = s (1 - 2 c)    s = mean|x|
 //
-// s and z are float16 and codes are chosen for the rounded ones. A group with a NaN or an infinity has s = NaN.
+// s and z are float16 and codes are chosen for the rounded ones. Three roundings lead to an int code, so that values
+// are within (1/2 + 3 most 2^-24) s of what is read back. A group with a NaN or an infinity has s = NaN; so has a
+// ternary or sign group whose magnitudes sum up to more than float32 holds.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,7 +18,7 @@
 
 namespace vtk {
 
-inline constexpr uint16_t kHalfNaN = 0x7e00u;
+inline constexpr uint32_t kHalfNaN = 0x7e00u;
 inline constexpr float kHalfMost = 65504.0f;
 inline constexpr float kFp8Most = 448.0f;
 
@@ -34,15 +37,31 @@ VTK_HOST_DEVICE inline To bits_as(From x) {
   return out;
 }
 
+// What has an instruction of its own; of vectors in page_cpu.h. Of a NaN and b: b.
+template <class F>
+struct KvMath {
+  static VTK_HOST_DEVICE F larger(F a, F b) { return a > b ? a : b; }
+  static VTK_HOST_DEVICE F smaller(F a, F b) { return a < b ? a : b; }
+  static VTK_HOST_DEVICE F magnitude(F x) { return bits_as<F>(bits_as<uint32_t>(x) & 0x7fffffffu); }
+};
+
+template <class F>
+VTK_HOST_DEVICE inline F larger(F a, F b) {
+  return KvMath<F>::larger(a, b);
+}
+template <class F>
+VTK_HOST_DEVICE inline F smaller(F a, F b) {
+  return KvMath<F>::smaller(a, b);
+}
 template <class F>
 VTK_HOST_DEVICE inline F magnitude(F x) {
-  return x < 0.0f ? -x : x;
+  return KvMath<F>::magnitude(x);
 }
 
-// 0 <= x < 2^22, ties to even.
-template <class I, class F>
-VTK_HOST_DEVICE inline I nearest_integer(F x) {
-  return bits_as<I>(x + 0x1p23f) - 0x4b000000u;
+// The nearest integer to 0 <= x < 2^22, ties to even.
+template <class F>
+VTK_HOST_DEVICE inline F nearest(F x) {
+  return (x + 0x1p23f) - 0x1p23f;
 }
 
 template <class F, class I>
@@ -50,13 +69,12 @@ VTK_HOST_DEVICE inline F float_of(I x) {  // x < 2^23
   return bits_as<F>(x | 0x4b000000u) - 0x1p23f;
 }
 
-// e4m3 (4 bits of exponent, bias 7, 3 of mantissa) nearest to 0 <= x <= 448, ties to even.
+// The code of the e4m3 (4 bits of exponent, bias 7, 3 of mantissa) nearest to 0 <= x <= 448, ties to even.
 template <class I, class F>
-VTK_HOST_DEVICE inline I fp8_of(F x) {
+VTK_HOST_DEVICE inline F fp8_of(F x) {
   const I bits = bits_as<I>(x);
   const I normal = ((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3);
-  const I denormal = bits_as<I>(x + 0x1p14f) - 0x46800000u;  // in units of 2^-9
-  return x < 0x1p-6f ? denormal : normal;
+  return x < 0x1p-6f ? nearest(x * 0x1p9f) : float_of<F>(normal & 255u);
 }
 
 template <class F, class I>
@@ -69,87 +87,147 @@ VTK_HOST_DEVICE inline F fp8_value(I code) {
 
 template <class F>
 struct KvStatistics {
-  F low, high, sum, kept, count;  // sum and kept: of magnitudes
-  F poison;                       // 0, or NaN once a value was not finite
+  F low, high;    // of int and fp8
+  F mean;         // of magnitudes: of ternary and sign
+  F limit, kept;  // of ternary: what a magnitude must exceed, and the mean of those that do
+  F poison;       // 0, or NaN
 };
 
-template <class F>
-VTK_HOST_DEVICE inline KvStatistics<F> begin_statistics(F first) {
-  const F zero = constant<F>(0.0f);
-  return {first, first, zero, zero, zero, zero};
+VTK_HOST_DEVICE constexpr bool has_range(KvScheme scheme) {
+  return largest_code(scheme) > 0 || scheme == KvScheme::kFp8;
+}
+VTK_HOST_DEVICE constexpr bool is_ternary(KvScheme scheme) {
+  return scheme == KvScheme::kTernary || scheme == KvScheme::kTernary5;
+}
+
+// The order of sums: running sums of every 16th value, which are added in pairs.
+inline constexpr int kRunningSums = 16;
+
+template <int kSums = kRunningSums, class At>
+VTK_HOST_DEVICE inline auto group_sum(const At& at, int32_t size, int32_t first = 0) {
+  if constexpr (kSums == 1) {
+    auto sum = at(first);
+    for (int32_t i = first + kRunningSums; i < size; i += kRunningSums) sum = sum + at(i);
+    return sum;
+  } else {
+    return group_sum<kSums / 2>(at, size, first) + group_sum<kSums / 2>(at, size, first + kSums / 2);
+  }
 }
 
 template <class F>
-VTK_HOST_DEVICE inline void observe(KvStatistics<F>& stats, F x) {
-  stats.low = x < stats.low ? x : stats.low;
-  stats.high = x > stats.high ? x : stats.high;
-  stats.sum = stats.sum + magnitude(x);
-  stats.poison = stats.poison + (x - x);
+VTK_HOST_DEVICE inline void observe(F x, F& low, F& high, F& poison) {
+  low = smaller(x, low);
+  high = larger(x, high);
+  poison = poison + x * 0.0f;
 }
 
-// The second pass of ternary: the values beyond the limit.
 template <class F>
-VTK_HOST_DEVICE inline void observe_kept(KvStatistics<F>& stats, F x, F limit) {
-  const F a = magnitude(x);
-  stats.kept = a > limit ? stats.kept + a : stats.kept;
-  stats.count = a > limit ? stats.count + 1.0f : stats.count;
+struct KvKept {
+  F sum, count;
+  VTK_HOST_DEVICE KvKept operator+(const KvKept& other) const { return {sum + other.sum, count + other.count}; }
+};
+
+// each(of, limit) sums of(x, its group's limit) over the values x of groups.
+template <class F, class Each>
+VTK_HOST_DEVICE inline KvStatistics<F> sum_statistics(KvScheme scheme, const Each& each, float size, float threshold) {
+  const F none = constant<F>(0.0f), one = constant<F>(1.0f);
+  KvStatistics<F> stats = {};
+  stats.mean = each([](F x, F) { return magnitude(x); }, none) / size;
+  stats.poison = stats.mean * 0.0f;
+  if (!is_ternary(scheme)) return stats;
+  stats.limit = threshold * stats.mean;
+  const auto kept = each(
+      [=](F x, F limit) {
+        const F a = magnitude(x);
+        return KvKept<F>{a > limit ? a : none, a > limit ? one : none};
+      },
+      stats.limit);
+  const F mean = kept.sum / kept.count;
+  stats.kept = kept.count > 0.0f ? mean : none;
+  return stats;
 }
 
+template <class F, class At>
+VTK_HOST_DEVICE inline KvStatistics<F> range_statistics(const At& at, int32_t size) {
+  constexpr int kApart = 4;  // sums of poison, which wait for each other
+  F low = at(0), high = low, poison[kApart] = {};
+  for (int32_t i = 0; i < size; i += kApart)
+    for (int j = 0; j < kApart; ++j) observe(at(i + j), low, high, poison[j]);
+  KvStatistics<F> stats = {};
+  stats.low = low;
+  stats.high = high;
+  stats.poison = (poison[0] + poison[1]) + (poison[2] + poison[3]);
+  return stats;
+}
+
+// Of the group at(0) to at(size - 1).
+template <class F, class At>
+VTK_HOST_DEVICE inline KvStatistics<F> kv_statistics(KvScheme scheme, const At& at, int32_t size, float threshold) {
+  if (has_range(scheme)) return range_statistics<F>(at, size);
+  const auto each = [&](const auto& of, F limit) {
+    return group_sum([&](int32_t i) { return of(at(i), limit); }, size);
+  };
+  return sum_statistics<F>(scheme, each, static_cast<float>(size), threshold);
+}
+
+template <class F, class I>
 struct KvMeta {
-  uint16_t scale, zero;  // float16
+  I scale, zero;  // the bits of float16
+  F inverse;      // of the scale
 };
 
-// Half converts: from(float), to nearest even, and to(uint16_t).
-template <class Half>
-VTK_HOST_DEVICE inline uint16_t half_down(float x) {
-  x = x < -kHalfMost ? -kHalfMost : x > kHalfMost ? kHalfMost : x;
-  const uint16_t bits = Half::from(x + 0.0f);  // +0 for -0
-  if (!(Half::to(bits) > x)) return bits;
-  if ((bits & 0x7fffu) == 0) return 0x8001u;
-  return static_cast<uint16_t>((bits & 0x8000u) != 0 ? bits + 1 : bits - 1);
+// Half converts between F and the bits of float16 in I: from(F), to nearest even, and to(I).
+template <class Half, class F>
+VTK_HOST_DEVICE inline auto half_down(F x) {
+  const F most = constant<F>(kHalfMost);
+  x = smaller(larger(x, -most), most);
+  const auto bits = Half::from(x + 0.0f);  // +0 for -0
+  const auto away = bits + 1u, closer = bits - 1u, below = (bits & 0x8000u) != 0u ? away : closer;
+  return Half::to(bits) > x ? below : bits;
 }
 
-template <class Half>
-VTK_HOST_DEVICE inline uint16_t half_up(float x) {  // x >= 0
-  if (!(x < kHalfMost)) return 0x7bffu;
-  const uint16_t bits = Half::from(x + 0.0f);
-  return static_cast<uint16_t>(Half::to(bits) < x ? bits + 1 : bits);
+template <class Half, class F>
+VTK_HOST_DEVICE inline auto half_up(F x) {  // x >= 0
+  x = smaller(x, constant<F>(kHalfMost));
+  const auto bits = Half::from(x + 0.0f), above = bits + 1u;
+  return Half::to(bits) < x ? above : bits;
 }
 
-template <class Half>
-VTK_HOST_DEVICE inline KvMeta meta_of(KvScheme scheme, const KvStatistics<float>& stats, float group) {
-  if (stats.poison != stats.poison) return {kHalfNaN, kHalfNaN};
+template <class Half, class F>
+VTK_HOST_DEVICE inline auto meta_of(KvScheme scheme, const KvStatistics<F>& stats) {
+  using I = decltype(Half::from(stats.low));
+  const I none = I{}, nan = I{} + kHalfNaN;
+  const F most = constant<F>(kHalfMost);
+  I scale = none, zero = none;
   if (largest_code(scheme) > 0) {
-    const uint16_t zero = half_down<Half>(stats.low);
-    return {half_up<Half>((stats.high - Half::to(zero)) / static_cast<float>(largest_code(scheme))), zero};
+    zero = half_down<Half>(stats.low);
+    scale = half_up<Half>((stats.high - Half::to(zero)) / static_cast<float>(largest_code(scheme)));
+  } else if (scheme == KvScheme::kFp8) {
+    scale = half_up<Half>(larger(stats.high, -stats.low) / kFp8Most);
+  } else {
+    const F mean = is_ternary(scheme) ? stats.kept : stats.mean;
+    scale = Half::from(smaller(mean, most));
   }
-  if (scheme == KvScheme::kFp8) {
-    const float top = stats.high > -stats.low ? stats.high : -stats.low;
-    return {half_up<Half>(top / kFp8Most), 0};
-  }
-  float scale = stats.sum / group;
-  if (scheme != KvScheme::kSign) scale = stats.count > 0.0f ? stats.kept / stats.count : 0.0f;
-  return {Half::from(scale < kHalfMost ? scale : kHalfMost), 0};
+  const auto finite = stats.poison == stats.poison;
+  scale = finite ? scale : nan;
+  zero = finite ? zero : nan;
+  const F wide = Half::to(scale), inverse = 1.0f / wide;
+  return KvMeta<F, I>{scale, zero, wide > 0.0f ? inverse : constant<F>(0.0f)};
 }
 
 // ---- Codes and values ----
 
+// A code as a float. Of a group that is not finite it is 0, or 1 of ternary.
 template <class I, class F>
-VTK_HOST_DEVICE inline I kv_code(KvScheme scheme, F x, F scale, F zero, F limit) {
+VTK_HOST_DEVICE inline F kv_code(KvScheme scheme, F x, F inverse, F zero, F limit) {
   const F none = constant<F>(0.0f), one = constant<F>(1.0f);
-  if (scheme == KvScheme::kSign) return nearest_integer<I>(x < 0.0f ? one : none);
-  if (scheme == KvScheme::kTernary || scheme == KvScheme::kTernary5)
-    return nearest_integer<I>(x > limit ? one + 1.0f : (x < -limit ? none : one));
-  if (scheme == KvScheme::kFp8) {
-    F y = scale > 0.0f ? magnitude(x) / scale : none;
-    y = y < kFp8Most ? y : constant<F>(kFp8Most);
-    return fp8_of<I>(y) | (nearest_integer<I>(x < 0.0f ? one : none) << 7);
-  }
-  const float most = static_cast<float>(largest_code(scheme));
-  F y = scale > 0.0f ? (x - zero) / scale : none;
-  y = y > 0.0f ? y : none;
-  y = y < most ? y : constant<F>(most);
-  return nearest_integer<I>(y);
+  if (scheme == KvScheme::kSign) return x < 0.0f ? one : none;
+  if (is_ternary(scheme)) return x > limit ? one + one : (x < -limit ? none : one);
+  const F most = constant<F>(scheme == KvScheme::kFp8 ? kFp8Most : static_cast<float>(largest_code(scheme)));
+  F y = (scheme == KvScheme::kFp8 ? magnitude(x) : x - zero) * inverse;
+  y = smaller(larger(y, none), most);
+  if (scheme != KvScheme::kFp8) return nearest(y);
+  return fp8_of<I>(y) + (x < 0.0f ? constant<F>(128.0f) : none);
 }
 
 // What the scale multiplies.

@@ -59,12 +59,15 @@ def half_up(x: np.ndarray) -> np.ndarray:
     return np.where(near.astype(np.float32) < x, np.nextafter(near, np.float16(np.inf)), near)
 
 
-def running_sum(x: np.ndarray) -> np.ndarray:
-    """float32, one value after the other along the last dimension."""
-    total = np.zeros(x.shape[:-1], np.float32)
-    for i in range(x.shape[-1]):
-        total = total + x[..., i]
-    return total
+def group_sum(x: np.ndarray) -> np.ndarray:
+    """float32 over the last dimension: running sums of every 16th value, added in pairs."""
+    parts = x.reshape(*x.shape[:-1], -1, 16)
+    total = parts[..., 0, :]
+    for i in range(1, parts.shape[-2]):
+        total = total + parts[..., i, :]
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    return total[..., 0]
 
 
 def quantise(x: np.ndarray, scheme: str, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,7 +75,9 @@ def quantise(x: np.ndarray, scheme: str, threshold: float) -> tuple[np.ndarray, 
     with np.errstate(all="ignore"):
         size, broken = x.shape[-1], ~np.isfinite(x).all(-1)
         zero = np.zeros(x.shape[:-1], np.float16)
-        mean = running_sum(np.abs(x)) / np.float32(size)
+        mean = group_sum(np.abs(x)) / np.float32(size)
+        if scheme not in (*MOST_CODE, "fp8"):
+            broken = ~np.isfinite(mean)  # also when the sum overflows
         kept = np.abs(x) > (np.float32(threshold) * mean)[..., None]
         if scheme in MOST_CODE:
             zero = half_down(x.min(-1))
@@ -82,32 +87,32 @@ def quantise(x: np.ndarray, scheme: str, threshold: float) -> tuple[np.ndarray, 
         elif scheme == "sign":
             scale = np.minimum(mean, np.float32(65504)).astype(np.float16)
         else:
-            mean_kept = running_sum(np.where(kept, np.abs(x), np.float32(0))) / kept.sum(-1).astype(np.float32)
+            mean_kept = group_sum(np.where(kept, np.abs(x), np.float32(0))) / kept.sum(-1).astype(np.float32)
             scale = np.minimum(np.where(kept.any(-1), mean_kept, 0), np.float32(65504)).astype(np.float16)
         scale, zero = np.where(broken, np.float16(np.nan), scale), np.where(broken, np.float16(np.nan), zero)
         s, z = scale.astype(np.float32)[..., None], zero.astype(np.float32)[..., None]
+        inverse = np.where(s > 0, np.float32(1) / s, np.float32(0))
         if scheme == "sign":
             codes = x < 0
         elif scheme.startswith("ternary"):
             codes = 1 + np.where(kept, np.sign(np.nan_to_num(x)), 0)
         elif scheme == "fp8":
-            y = np.where(s > 0, np.abs(x) / s, 0)
+            y = np.nan_to_num(np.abs(x) * inverse, nan=0, posinf=np.inf)
             y = torch.from_numpy(np.where(y < 448, y, 448).astype(np.float32))
             codes = y.to(torch.float8_e4m3fn).view(torch.uint8).numpy() | np.where(x < 0, 128, 0)
         else:
-            y = np.where(s > 0, (x - z) / s, 0)
+            y = (x - z) * inverse
             codes = np.rint(np.clip(np.where(y > 0, y, 0), 0, MOST_CODE[scheme]))
     return scale, zero, codes.astype(np.uint32)
 
 
 def value(codes: np.ndarray, scheme: str, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    """float64; scale and zero as quantise gives them."""
+    """float64; scale and zero as quantise gives them, zero being 0 where the scheme has none."""
     if scheme == "fp8":
         digit = FP8[codes].astype(np.float64)
     else:
         digit = {"sign": 1 - 2.0 * codes, "ternary": codes - 1.0, "ternary5": codes - 1.0}.get(scheme, codes * 1.0)
-    out = scale.astype(np.float64)[..., None] * digit
-    return out + zero.astype(np.float64)[..., None] if scheme in MOST_CODE else out
+    return scale.astype(np.float64)[..., None] * digit + zero.astype(np.float64)[..., None]  # -0 + 0 is 0
 
 
 # ---- Groups of a section [depth, lanes]: along the depth ("per lane") or along the lanes ----

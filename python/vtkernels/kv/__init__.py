@@ -1,5 +1,6 @@
-"""The low-bit cache: what a page holds (:class:`KVFormat`) and which channels a mix keeps at two bits."""
+"""The low-bit cache: what a page holds (:class:`KVFormat`), which channels a mix keeps at two bits, and a rotation."""
 
 from vtkernels.kv.format import PAGE_TOKENS, KVFormat, channel_order, kv_bytes_per_token
+from vtkernels.kv.transform import rotate
 
-__all__ = ["PAGE_TOKENS", "KVFormat", "channel_order", "kv_bytes_per_token"]
+__all__ = ["PAGE_TOKENS", "KVFormat", "channel_order", "kv_bytes_per_token", "rotate"]

@@ -31,7 +31,7 @@ def kv_pack(
     - ``"none"``: ``x``, bitwise;
     - ``"fp8"``: ``s * e4m3(c)``, ``s = max|x| / 448`` rounded up;
     - ``"int4"``, ``"int2"``: ``s * c + z``, ``z = min x`` rounded down, ``s = (max x - z) / 15`` (or 3) rounded up and
-      ``c`` the nearest, so that every value is within ``s / 2``;
+      ``c`` the nearest, so that every value is within ``s / 2`` (and 3 roundings of ``c`` to float32);
     - ``"ternary"`` (two bits, fast), ``"ternary5"`` (five values a byte, small): ``s * {-1, 0, 1}``, not 0 where
       ``|x| > ternary_threshold * mean|x|``; ``s`` is the mean of ``|x|`` there, the best scale for these codes;
     - ``"sign"``: ``s`` where ``x >= 0`` and ``-s`` elsewhere, ``s = mean|x|``;
@@ -39,8 +39,9 @@ def kv_pack(
       behind an orthonormal Hadamard transform of these channels.
 
     Scales and zeros are float16; codes are chosen for the rounded ones, to nearest, ties to even. A constant group that
-    float16 holds reads back exactly (scale 0, codes 0). A group with a NaN or an infinity has the scale NaN and reads
-    back as NaN. Values beyond 65504 saturate. The layout of a page is told in docs/kv.md.
+    float16 holds reads back exactly (scale 0, codes 0). A group with a NaN or an infinity (of ternary and sign also
+    one whose magnitudes sum up to more than float32 holds) has the scale NaN and reads back as NaN. Values beyond
+    65504 saturate. The layout of a page is told in docs/kv.md.
 
     Args:
         k: float32, float16 or bfloat16 ``[B, Hk, N, D]``: N a multiple of 128 (the tokens that do not fill a page stay
