@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from vtkernels.kv.format import PAGE_TOKENS, KVFormat, channel_order
+from vtkernels.kv.growth import Room
 from vtkernels.ops.kv import kv_pack, kv_unpack, packed_attention
+
+_PART = 64  # pages of a key head that are packed at once
 
 # Of a list or a bool for each of the tokens [B, n] that are stored.
 _Slots = Tensor | slice
@@ -18,17 +21,19 @@ _Slots = Tensor | slice
 
 @dataclass(frozen=True)
 class Pages:
-    """Packed keys and values. Appending makes new pages of the old ones' bits and the codes of the new tokens.
+    """Packed keys and values. Appending leaves the bits of the pages that are there, in place where there is room.
 
     Attributes:
         format: how they are packed.
         packed: ``k_codes``, ``k_meta``, ``v_codes`` and ``v_meta`` of :func:`vtkernels.kv_pack`.
         k_order: int32 ``[B, Hk, D]``, the channel order of a mix, chosen once; None for other schemes.
+        room: what ``packed`` are views of, if there is any room behind them.
     """
 
     format: KVFormat
     packed: tuple[Tensor, Tensor, Tensor, Tensor]
     k_order: Tensor | None
+    room: Room | None = None
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, format: KVFormat, k_order: Tensor | None) -> Pages:
@@ -39,14 +44,21 @@ class Pages:
 
     def append(self, keys: Tensor, values: Tensor) -> Pages:
         """With these tokens ``[B, Hk, N, D]`` behind the others, N a multiple of 128."""
-        new = kv_pack(keys.detach(), values.detach(), **self.options)
-        a, b, c, d = (torch.cat(both, dim=2) for both in zip(self.packed, new, strict=True))
-        return replace(self, packed=(a, b, c, d))
+        pages, used, room = keys.shape[2] // PAGE_TOKENS, self.packed[0].shape[2], self.room
+        if room is None or room.used != used or room.capacity < used + pages:
+            room = Room.after(self.packed, pages)
+        # In parts: what is packed at once is memory beside the pages.
+        part = max(1, _PART // max(1, keys.shape[0] * keys.shape[1])) * PAGE_TOKENS
+        for some in zip(keys.detach().split(part, 2), values.detach().split(part, 2), strict=True):
+            room.append(kv_pack(*some, **self.options))
+        a, b, c, d = room.views()
+        return replace(self, packed=(a, b, c, d), room=room)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Pages:
         """``function`` of every tensor; the batch is their first dimension."""
         a, b, c, d = map(function, self.packed)
-        return replace(self, packed=(a, b, c, d), k_order=None if self.k_order is None else function(self.k_order))
+        order = None if self.k_order is None else function(self.k_order)
+        return Pages(self.format, (a, b, c, d), order)
 
     def unpack(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, Hk, tokens, head_dim]``."""
