@@ -7,6 +7,7 @@ draws it from the numbers that the op draws; ``outcomes`` takes every branch, wh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +93,19 @@ def processed(
         border = sorted(usable, reverse=True)[top_k - 1]
         p = normalised([w if z >= border else 0.0 for w, z in zip(p, usable, strict=True)])
     if top_p < 1:
-        p = normalised([w if math.fsum(other for other in p if other > w) < top_p else 0.0 for w in p])
-    return normalised([w if w >= min_p * max(p) else 0.0 for w in p])
+        above = mass_above(p)
+        p = normalised([w if above[w] < top_p else 0.0 for w in p])
+    least = min_p * max(p)
+    return normalised([w if w >= least else 0.0 for w in p])
+
+
+def mass_above(p: Law) -> dict[float, float]:
+    """Of each probability: the mass of the larger ones."""
+    count, above, through = Counter(p), {}, 0.0
+    for w in sorted(count, reverse=True):
+        above[w] = through
+        through += w * count[w]
+    return above
 
 
 def argmax(logits: Sequence[float]) -> int:
