@@ -158,12 +158,12 @@ class Weights {
 
   // next(weights, index of the first) gives new ones; returns their sum.
   template <class Next>
-  double update(const Next& next) {
-    return total_of([&](int64_t first) {
+  double update(Next next) {
+    return total_of([next, weights = weight_.get()](int64_t first) {  // copies: a store could change a reference
       f32v total = {};
       for (int64_t i = first; i < first + kTile; i += kLanes) {
-        const f32v weight = next(load(&weight_[i]), i);
-        store(&weight_[i], weight);
+        const f32v weight = next(load(weights + i), i);
+        store(weights + i, weight);
         total += weight;
       }
       return sum(total);
@@ -240,14 +240,14 @@ class Row {
     const float lowest = top_k_value(filters.top_k);
     const float scale = static_cast<float>(kLog2E / filters.temperature), most = most_;
     // NOTE: a comparison with NaN is false, so NaN logits weigh nothing.
-    const double total = weights.update([&](f32v, int64_t i) {
-      const f32v z = load_or(logits_ + i, static_cast<int32_t>(vocab_ - i), -kInfinity);
+    const double total = weights.update([=, logits = logits_, vocab = vocab_](f32v, int64_t i) {
+      const f32v z = load_or(logits + i, static_cast<int32_t>(vocab - i), -kInfinity);
       const f32v e = exp2_bounded((z - most) * scale);
       const f32v weight = z == most ? splat(1.0f) : e;
       return (f32v)((u32v)weight & (u32v)(z >= lowest));
     });
     const float least = std::max(top_p_weight(filters.top_p, total, weights), filters.min_p);
-    return least > 0.0f ? weights.update([&](f32v w, int64_t) { return w >= least ? w : f32v{}; }) : total;
+    return least > 0.0f ? weights.update([=](f32v w, int64_t) { return w >= least ? w : f32v{}; }) : total;
   }
 
  private:
@@ -319,6 +319,13 @@ auto with_row(const LogitRows& rows, int64_t b, int32_t node, int32_t vocab, con
   }
 }
 
+// What scale * target has more than the draft.
+auto excess_over(const float* draft, double scale) {
+  return [draft, factor = static_cast<float>(scale)](f32v weight, int64_t i) {
+    return max(weight * factor - load(draft + i), f32v{});
+  };
+}
+
 class Rows {
  public:
   Rows(const VerifyDraftParams& params, int64_t b)
@@ -349,12 +356,8 @@ class Rows {
   float take(int32_t token) { return target_.take(token); }
   float take_draft(int32_t token) { return draft_.take(token); }
 
-  double excess(double scale) {
-    return target_.measure([&](f32v weight, int64_t i) { return above_draft(weight, i, static_cast<float>(scale)); });
-  }
-  double subtract(double scale) {
-    return target_.update([&](f32v weight, int64_t i) { return above_draft(weight, i, static_cast<float>(scale)); });
-  }
+  double excess(double scale) { return target_.measure(excess_over(draft_.data(), scale)); }
+  double subtract(double scale) { return target_.update(excess_over(draft_.data(), scale)); }
   double surprise(double total) {
     const float inverse = static_cast<float>(1.0 / total);
     return -target_.measure([&](f32v weight, int64_t) {
@@ -363,7 +366,7 @@ class Rows {
     });
   }
   void keep_at_least(float least) {
-    target_.update([&](f32v weight, int64_t) { return weight >= least ? weight : f32v{}; });
+    target_.update([=](f32v weight, int64_t) { return weight >= least ? weight : f32v{}; });
   }
   int32_t sample(double u) { return target_.sample(u); }
 
@@ -372,10 +375,6 @@ class Rows {
   bool writes() const { return true; }
 
  private:
-  f32v above_draft(f32v weight, int64_t i, float scale) {
-    return max(weight * scale - load(draft_.data() + i), f32v{});
-  }
-
   const VerifyDraftParams& p;
   const int64_t b_;
   Filters filters_;
