@@ -186,6 +186,27 @@ def test_two_tokens_have_the_law_of_the_target(rule):
     assert (accepted > 0).float().mean() > 0.2
 
 
+@pytest.mark.parametrize("rule", ["chosen", "independent", "block", "block drawn"])
+def test_calls_one_after_the_other_draw_independent_numbers(rule):
+    """One seed a text, positions that advance: three tokens have the law of three."""
+    random, vocab, length = torch.Generator().manual_seed(3), 3, 3
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    options = {"mode": "block" if "block" in rule else "sample", "seeds": torch.arange(TRIALS)}
+    if rule in ("independent", "block drawn"):
+        options["draft_logits"] = q.log().expand(TRIALS, 4, vocab)
+    texts = [[] for _ in range(TRIALS)]
+    while min(map(len, texts)) < length:
+        tokens = torch.multinomial(q.expand(TRIALS, -1), 4, replacement=True, generator=random)
+        positions = torch.tensor([len(text) for text in texts])
+        logits = p.log().expand(TRIALS, 4, vocab)
+        out, _, count = torch.ops.vtk.verify_draft(logits, tokens, chain(TRIALS, 4), positions=positions, **options)
+        for text, row, accepted in zip(texts, out.tolist(), count.tolist(), strict=True):
+            text += row[: accepted + 1]
+    cells = torch.tensor([text[:length] for text in texts]) @ torch.tensor([9, 3, 1])
+    law = torch.einsum("i,j,k->ijk", p, p, p).flatten()
+    assert p_value(torch.bincount(cells, minlength=27), law) > 1e-3
+
+
 def test_the_chi_square_catches_a_rule_without_residual():
     """A peer's law for p = (.3, .3, .4), q = (.6, .4, 0) and both children; ours is p."""
     law, biased = torch.tensor([0.3, 0.3, 0.4]), torch.tensor([0.5, 0.375, 0.125])
@@ -435,6 +456,10 @@ def test_faulty_values(call, message):
         (lambda op: op(L[0], T, P), r"target_logits of shape \[B, n, V\], got \[3, 5\]"),
         (lambda op: op(L[:, :0], T[:, :0], P[:, :0]), r"target_logits of at least one node, the root, got \[1, 0, 5\]"),
         (lambda op: op(L[:, :, :0], T, P), r"target_logits of at least one token"),
+        (
+            lambda op: op(torch.empty(1, 1, 2**24 + 1, dtype=torch.half), T, P),
+            r"at most 16777216 tokens, got V = 167",
+        ),
         (lambda op: op(torch.zeros(1, 1025, 1), T, P), r"at most 1024 nodes a tree, got n = 1025"),
         (lambda op: op(L.double(), T, P), r"target_logits of dtype float32, float16 or bfloat16, got float64"),
         (lambda op: op(L.transpose(1, 2), T, P), r"target_logits with a contiguous last dimension"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.reference.philox import stream_word
 
-ACCEPT, TOKEN = 0, 1
+ACCEPT, TOKEN, BLOCK = 0, 1, 2
 Choose = Callable[[Sequence[float], int, int, int], int]
 Law = list[float]  # a probability, or a weight, of every token
 
@@ -231,13 +231,13 @@ def block(request: Request, choose: Choose) -> Result:
         p, q, x = request.law(node), draft_law(node, child), request.tokens[child]
         gain = math.fsum(excess(p, q, ratio))
         h = gain / (gain + 1 - ratio) if gain + 1 - ratio > 0 else 1.0
-        if path and choose([h, 1 - h], len(path), 0, ACCEPT) == 0:
+        if path and choose([h, 1 - h], 0, len(path), BLOCK) == 0:
             kept = len(path)
         ratio = min(ratio * p[x] / q[x], 1.0) if q[x] > 0 else 0.0
         path.append(child)
         ratios.append(ratio)
         node = child
-    if ratio > 0 and path and choose([ratio, 1 - ratio], len(path), 0, ACCEPT) == 0:
+    if ratio > 0 and path and choose([ratio, 1 - ratio], 0, len(path), BLOCK) == 0:
         kept = len(path)
     last = path[kept - 1] if kept else 0
     p, residual = request.law(last), request.law(last)
