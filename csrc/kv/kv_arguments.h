@@ -1,6 +1,8 @@
 // Checks and unpacks what the ops of the family share. Include only from an op's .cpp.
 #pragma once
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "common/check.h"
 #include "kv/page.h"
@@ -19,7 +21,8 @@ struct KvFormat {
 };
 constexpr const char* kSideNames[2] = {"k", "v"};
 
-inline KvScheme parse_scheme(const char* op, int side, const std::string& text) {
+// prefix: of the argument's name.
+inline KvScheme parse_scheme(const char* op, int side, const std::string& text, const char* prefix = "") {
   const struct {
     const char* name;
     KvScheme scheme;
@@ -28,7 +31,7 @@ inline KvScheme parse_scheme(const char* op, int side, const std::string& text) 
                {"sign", KvScheme::kSign}, {"mix", KvScheme::kMix}};
   for (const auto& known : names)
     if (text == known.name && (side == 0 || known.scheme != KvScheme::kMix)) return known.scheme;
-  fail(op, "expected ", kSideNames[side], "_scheme to be \"none\", \"fp8\", \"int4\", \"int2\", \"ternary\", ",
+  fail(op, "expected ", prefix, kSideNames[side], "_scheme to be \"none\", \"fp8\", \"int4\", \"int2\", \"ternary\", ",
        "\"ternary5\"", side == 0 ? ", \"sign\" or \"mix\"" : " or \"sign\"", ", got \"", text, "\"");
 }
 
@@ -119,26 +122,44 @@ struct PagesView {
   KvView<const uint16_t> meta;
 };
 
-inline PagesView pages_view(const char* op, int side, const Tensor& codes, const Tensor& meta, const PageCounts& counts,
-                            const KvPage& page, const Tensor& k_codes) {
-  const std::string codes_name = std::string(kSideNames[side]) + "_codes";
-  const std::string meta_name = std::string(kSideNames[side]) + "_meta";
+// Codes and metadata of one side, [lead..., page, numbers of a page]; a pool of pages is [P, Hk, numbers of a page].
+struct PagesArgument {
+  std::string codes_name, meta_name;
+  const Tensor &codes, &meta;
+};
+
+inline PagesView pages_view(const char* op, const PagesArgument& pages, const std::string& symbols,
+                            const std::vector<int64_t>& lead, const KvPage& page, const Tensor& k_codes) {
   const auto check = [&](const std::string& name, const Tensor& x, ScalarType dtype, const char* last, int64_t count) {
     check_same_device(op, name.c_str(), x, "k_codes", k_codes);
     check_dtype(op, name.c_str(), x, dtype);
-    check_shape(op, name.c_str(), x, last, {counts.batch, counts.heads, counts.pages, count});
+    std::vector<int64_t> shape = lead;
+    shape.push_back(count);
+    check_shape(op, name.c_str(), x, ("[" + symbols + ", " + last + "]").c_str(), shape);
     check_contiguous_last(op, name.c_str(), x);
   };
-  check(codes_name, codes, ScalarType::Byte, "[B, Hk, pages, bytes]", page.code_bytes);
-  check(meta_name, meta, ScalarType::Half, "[B, Hk, pages, numbers]", page.meta_count);
+  check(pages.codes_name, pages.codes, ScalarType::Byte, "bytes", page.code_bytes);
+  check(pages.meta_name, pages.meta, ScalarType::Half, "numbers", page.meta_count);
+  const auto view_of = [&](const Tensor& x, auto* data) {
+    using View = KvView<std::remove_pointer_t<decltype(data)>>;
+    return lead.size() == 2 ? View{data, 0, x.stride(1), x.stride(0)}
+                            : View{data, x.stride(0), x.stride(1), x.stride(2)};
+  };
   PagesView view;
-  view.codes = {static_cast<const uint8_t*>(codes.const_data_ptr()), codes.stride(0), codes.stride(1), codes.stride(2)};
-  view.meta = {static_cast<const uint16_t*>(meta.const_data_ptr()), meta.stride(0), meta.stride(1), meta.stride(2)};
+  view.codes = view_of(pages.codes, static_cast<const uint8_t*>(pages.codes.const_data_ptr()));
+  view.meta = view_of(pages.meta, static_cast<const uint16_t*>(pages.meta.const_data_ptr()));
   const uint64_t places = reinterpret_cast<uint64_t>(view.codes.data) | view.codes.stride_batch |
                           view.codes.stride_head | view.codes.stride_row;
-  VTK_CHECK(op, places % kPageAlign == 0, "expected ", codes_name, " whose pages begin at multiples of ", kPageAlign,
-            " bytes");
+  VTK_CHECK(op, places % kPageAlign == 0, "expected ", pages.codes_name, " whose pages begin at multiples of ",
+            kPageAlign, " bytes");
   return view;
+}
+
+inline PagesView pages_view(const char* op, int side, const Tensor& codes, const Tensor& meta, const PageCounts& counts,
+                            const KvPage& page, const Tensor& k_codes) {
+  const std::string name = kSideNames[side];
+  return pages_view(op, {name + "_codes", name + "_meta", codes, meta}, "B, Hk, pages",
+                    {counts.batch, counts.heads, counts.pages}, page, k_codes);
 }
 
 }  // namespace

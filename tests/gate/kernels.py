@@ -29,7 +29,7 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     },
     "csrc/kv/kv_pack.cu": {"kv_pack_kernel": HOT},
     "csrc/kv/kv_unpack.cu": {"kv_unpack_kernel": HOT},
-    "csrc/kv/packed_attention.cu": {"packed_part_kernel": HOT, "packed_merge_kernel": HOT},
+    "csrc/kv/packed_attention.cu": {"packed_mma_kernel": HOT, "packed_float_kernel": HOT, "packed_merge_kernel": HOT},
     "csrc/merge/bipartite_match.cu": {"bipartite_match_kernel": HOT},
     "csrc/merge/cluster_dpc_knn.cu": {
         "prepare_kernel": HOT,

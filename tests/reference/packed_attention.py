@@ -1,4 +1,4 @@
-"""packed_attention in float64: unpack, append the residual, attend."""
+"""packed_attention, a request at a time: unpack what it has, leave out what it does not see, attend."""
 
 from __future__ import annotations
 
@@ -28,28 +28,75 @@ def unpacked(codes: Tensor, meta: Tensor, scheme: str, axis: str, is_key: bool, 
     return torch.from_numpy(x)
 
 
-def attend(query, k, v, residual: int, causal: bool, scale: float | None):
-    """In the dtype of its arguments; the last ``residual`` tokens may be hidden by ``causal``."""
-    heads, rows = query.shape[1:3]
-    group = heads // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    logits = query @ k.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
-    if causal:
-        token, row = torch.arange(k.shape[2]), torch.arange(rows)[:, None]
-        logits = logits.masked_fill(token > k.shape[2] - rows + row, -math.inf)
+def attend(query, k, v, bias, visible, scale):
+    """One request, in the dtype of its arguments: query ``[H, Q, D]``, visible ``[Q, N]``."""
+    group = query.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    logits = query @ k.transpose(1, 2) * (query.shape[2] ** -0.5 if scale is None else scale) + bias.to(query.dtype)
+    logits = logits.masked_fill(~visible, -math.inf)
     lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp().nan_to_num(0) if k.shape[2] == 0 else logits.softmax(-1)
+    weights = (logits - lse[..., None]).exp().masked_fill((lse == -math.inf)[..., None], 0)
     return weights @ v, lse
+
+
+def visible_nodes(queries: int, causal: bool, ancestors: Tensor | None) -> Tensor:
+    """``[Q, Q]``: what the queries see of each other."""
+    if ancestors is not None:
+        rows = [[int(row[j // 64]) >> (j % 64) & 1 for j in range(queries)] for row in ancestors]
+        return torch.tensor(rows, dtype=torch.bool)
+    return torch.ones(queries, queries, dtype=torch.bool).tril_(0 if causal else queries)
 
 
 def packed_attention(
     query, k_codes, k_meta, v_codes, v_meta, *, k_scheme, v_scheme, group=64, k_axis="channel", v_axis="channel",
-    k_order=None, k_residual=None, v_residual=None, causal=False, scale=None,
+    k_order=None, k_residual=None, v_residual=None, protected=None, protected_k_scheme="none",
+    protected_v_scheme="none", key_bias=None, block_table=None, page_counts=None, residual_lengths=None, causal=False,
+    ancestors=None, scale=None, dtype=torch.float64,
 ):  # fmt: skip
-    head_dim = query.shape[3]
-    k = unpacked(k_codes, k_meta, k_scheme, k_axis, True, k_order, head_dim, query.dtype, group)
-    v = unpacked(v_codes, v_meta, v_scheme, v_axis, False, None, head_dim, query.dtype, group)
-    residual = 0 if k_residual is None else k_residual.shape[2]
-    if k_residual is not None:
-        k, v = torch.cat([k, k_residual.double()], 2), torch.cat([v, v_residual.double()], 2)
-    return attend(query.double(), k, v, residual, causal, scale)
+    """``dtype``: of the arithmetic; float64 is exact."""
+    batch, _, queries, head_dim = query.shape
+
+    def tokens(packed, schemes, b):
+        order = None if k_order is None else k_order.expand(batch, -1, -1)[b : b + 1]
+        return [
+            unpacked(packed[2 * s], packed[2 * s + 1], schemes[s], (k_axis, v_axis)[s], s == 0,
+                     order if schemes[s] == "mix" else None, head_dim, query.dtype, group)[0]
+            for s in range(2)
+        ]  # fmt: skip
+
+    outs, lses = [], []
+    for b in range(batch):
+        packed = [k_codes, k_meta, v_codes, v_meta]
+        if block_table is None:
+            packed, there = [x[b : b + 1] for x in packed], torch.ones(k_codes.shape[2], dtype=torch.bool)
+        else:
+            there = block_table[b] >= 0
+        if page_counts is not None:
+            there = there & (torch.arange(len(there)) < page_counts[b])
+        if block_table is not None:
+            places = torch.where(there, block_table[b], 0).long()
+            packed = [x[places].transpose(0, 1)[None] for x in packed]
+        sources, seen = [tokens(packed, (k_scheme, v_scheme), b)], [there.repeat_interleave(kv.PAGE)]
+        if protected is not None:
+            schemes = protected_k_scheme, protected_v_scheme
+            sources.append(tokens([x[b : b + 1] for x in protected], schemes, b))
+            seen.append(torch.ones(protected[0].shape[2] * kv.PAGE, dtype=torch.bool))
+        if k_residual is not None:
+            sources.append([k_residual[b].double(), v_residual[b].double()])
+            length = k_residual.shape[2] if residual_lengths is None else int(residual_lengths[b])
+            seen.append(torch.arange(k_residual.shape[2]) < length)
+        k, v = (torch.cat(x, 1) for x in zip(*sources, strict=True))
+        exists = torch.cat(seen)
+        bias = torch.zeros(len(exists)) if key_bias is None else key_bias.expand(batch, -1)[b]
+        exists = exists & ~(bias < -2.3e38)
+        visible = torch.ones(queries, len(bias), dtype=torch.bool)
+        if causal or ancestors is not None:
+            words = None if ancestors is None else ancestors.expand(batch, -1, -1)[b]
+            end = len(bias) - k_residual.shape[2] + length
+            nodes = visible_nodes(queries, causal, words)[:, max(queries - length, 0) :]
+            visible[:, end - nodes.shape[1] : end] = nodes
+        out, lse = attend(query[b].to(dtype), k[:, exists].to(dtype), v[:, exists].to(dtype), bias[exists],
+                          visible[:, exists], scale)  # fmt: skip
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -156,35 +158,61 @@ def packed_attention(
     k_order: Tensor | None = None,
     k_residual: Tensor | None = None,
     v_residual: Tensor | None = None,
+    protected: Sequence[Tensor] | None = None,
+    protected_k_scheme: str = "none",
+    protected_v_scheme: str = "none",
+    key_bias: Tensor | None = None,
+    block_table: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    residual_lengths: Tensor | None = None,
     causal: bool = False,
+    ancestors: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over packed pages, read as they are, and over the tokens that are in no page.
 
-    ``out[i] = sum_n softmax_n(scale * query[i] . k[n]) v[n]`` over the tokens of the pages, as :func:`kv_unpack` would
-    give them in float32, and the residual ones; ``lse[i]`` is the natural logarithm of the softmax's denominator.
-    Nothing is unpacked to memory: the CPU decodes in registers, CUDA a page at a time in shared memory. Products and
-    sums are float32. Attention does not ask for an order of tokens, so sinks and other tokens that must not lose bits
-    are residual tokens too, before the recent ones.
+    ``out[i] = sum_n softmax_n(scale * query[i] . k[n] + key_bias[n]) v[n]`` over the tokens of the pages, as
+    :func:`kv_unpack` would give them in float32, of the protected pages and the residual ones, in this order;
+    ``lse[i]`` is the natural logarithm of the softmax's denominator. Nothing is unpacked to memory: the CPU decodes in
+    registers, CUDA a page at a time in shared memory. Products and sums are float32. Attention itself does not ask for
+    an order of tokens, so sinks and other tokens that must not lose bits are residual tokens too, before the recent
+    ones.
 
     Args:
         query: float32, float16 or bfloat16 ``[B, H, Q, D]``, H a multiple of Hk: head ``h`` reads key head
             ``h // (H / Hk)``; any batch, head and row strides, contiguous last dimension.
         k_codes, k_meta, v_codes, v_meta: pages ``[B, Hk, pages, ...]`` of :func:`kv_pack`; pages >= 0, any batch, head
-            and page strides. Scheme ``"none"`` holds elements of the dtype of ``query``.
-        k_scheme, v_scheme, group, k_axis, v_axis, k_order: as they were given to :func:`kv_pack`.
+            and page strides. Scheme ``"none"`` holds elements of the dtype of ``query``. With ``block_table`` a pool of
+            pages ``[P, Hk, ...]``.
+        k_scheme, v_scheme, group, k_axis, v_axis: as they were given to :func:`kv_pack`.
+        k_order: as given to :func:`kv_pack`, with a mix among the key schemes and only with it.
         k_residual, v_residual: ``[B, Hk, R, D]`` of the dtype of ``query``, any strides but the last.
-        causal: the queries are the last Q of the residual tokens, and query ``i`` sees residual tokens
-            ``j <= R - Q + i`` (``Q <= R``). Otherwise every query sees every token.
+        protected: ``k_codes``, ``k_meta``, ``v_codes`` and ``v_meta`` ``[B, Hk, pages', ...]`` of a second class of
+            pages, of ``protected_k_scheme`` and ``protected_v_scheme`` with the same group, axes and ``k_order``. Not
+            with ``block_table``.
+        key_bias: float32 ``[B | 1, 128 pages + 128 pages' + R]``, added to the logits; pages: the width of
+            ``block_table`` where there is one. A key whose bias is -inf (or below -2.3e38, which is that in powers of
+            two) is excluded: nothing of it reaches a result, even if it is NaN. A NaN makes rows NaN.
+        block_table: int32 ``[B, max_pages]``: page ``n`` of item ``b`` is page ``block_table[b, n]`` of the pool. A
+            negative entry is a hole: no token there.
+        page_counts: int32 ``[B]``, how many of the pages (entries of the table) an item has, the first ones.
+        residual_lengths: int32 ``[B]``, how many of the residual tokens an item has, the first ones.
+        causal: the queries are the last Q of an item's residual tokens, and query ``i`` sees of these the first
+            ``i + 1`` (``Q <= R``). Otherwise every query sees every token.
+        ancestors: int64 ``[B | 1, Q, ceil(Q / 64)]``: the queries are the last Q of an item's residual tokens, nodes of
+            a tree. Query ``i`` sees every token before these, and of them token ``j`` where bit ``j % 64`` of
+            ``ancestors[b, i, j // 64]`` is set; its own bit is not implied. Not with ``causal``.
         scale: factor on the products, default ``D ** -0.5``.
 
     Returns:
-        ``out [B, H, Q, D]`` of the dtype of ``query`` and ``lse`` float32 ``[B, H, Q]``. Without any token out is 0 and
-        lse -inf. A NaN in a token's key makes the rows that see it NaN.
+        ``out [B, H, Q, D]`` of the dtype of ``query`` and ``lse`` float32 ``[B, H, Q]``. Of a row that sees no token
+        out is 0 and lse -inf. A NaN in a token's key makes the rows that see it NaN; one in a value reaches every row
+        of the item and head that the token is not excluded from by bias, table or length.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument; a ``k_order`` as in
-            :func:`kv_pack`.
+            :func:`kv_pack`. On the CPU also counts outside ``[0, max]`` and table entries beyond the pool; on CUDA,
+            where a report needs a synchronisation, counts are clamped and such entries are holes.
         NotImplementedError: in backward.
 
     Example:
@@ -214,7 +242,15 @@ def packed_attention(
         k_order=k_order,
         k_residual=k_residual,
         v_residual=v_residual,
+        protected=None if protected is None else list(protected),
+        protected_k_scheme=protected_k_scheme,
+        protected_v_scheme=protected_v_scheme,
+        key_bias=key_bias,
+        block_table=block_table,
+        page_counts=page_counts,
+        residual_lengths=residual_lengths,
         causal=causal,
+        ancestors=ancestors,
         scale=scale,
     )
 
@@ -253,15 +289,18 @@ def _kv_unpack_autograd(k_codes, k_meta, v_codes, v_meta, **options):
 
 
 def _packed_attention_autograd(query, k_codes, k_meta, v_codes, v_meta, **options):
-    k_residual, v_residual = options.pop("k_residual", None), options.pop("v_residual", None)
+    optional = {name: options[name] for name in ("k_residual", "v_residual", "key_bias") if name in options}
+    protected = options.pop("protected", None)
 
-    def call(query, k_meta, v_meta, *residual):
-        if residual:
-            options["k_residual"], options["v_residual"] = residual
-        return torch.ops.vtk.packed_attention.default(query, k_codes, k_meta, v_codes, v_meta, **options)
+    def call(query, k_meta, v_meta, *rest):
+        options.update(zip(optional, rest, strict=False))
+        pages = None if protected is None else list(rest[len(optional) :])
+        return torch.ops.vtk.packed_attention.default(
+            query, k_codes, k_meta, v_codes, v_meta, protected=pages, **options
+        )
 
-    residual = () if k_residual is None and v_residual is None else (k_residual, v_residual)
-    return without_backward("vtk::packed_attention: there is no backward pass", call, query, k_meta, v_meta, *residual)
+    reason = "vtk::packed_attention: there is no backward pass"
+    return without_backward(reason, call, query, k_meta, v_meta, *optional.values(), *(protected or ()))
 
 
 _library = torch.library.Library("vtk", "FRAGMENT")
