@@ -147,8 +147,10 @@ class _Run:
         return text.finish()
 
     def _step(self, target: _Target, text: Text, sampling: Sampling | None) -> None:
-        if text.left > 1:
-            proposal = self.draft.propose(text, text.left - 1)
+        # Drawn tokens are what they are in any batch: proposals know nothing of the others' ends.
+        most = text.left - 1 if sampling is None else text.most
+        if most > 0:
+            proposal = self.draft.propose(text, most)
         else:
             proposal = Proposal(text.last(1), chain(len(text.ids), 1, text.ids.device), chain=True)
         tokens, accepted = _verify(target.run(proposal), proposal, text, sampling)
