@@ -193,7 +193,8 @@ class PackedRows {
     const uint8_t* values = nullptr;
     for (int32_t first = 0; first < rows_; first += kProductRows) {
       const int32_t rows = std::min(kProductRows, rows_ - first);
-      for (int32_t r = 0; r < rows; ++r) std::fill_n(&logits_[r * kFactorStride], kPageTokens, 0.0f);
+      for (int32_t r = 0; r < rows; ++r)
+        for (int32_t t = 0; t < kPageTokens; t += kLanes) store(&logits_[r * kFactorStride + t], f32v{});
       product_.add<Element>(page[0], keys, meta[0], query + int64_t{first} * kFactorStride, rows, logits_.get(),
                             kFactorStride);
       for (int32_t r = 0; r < rows; ++r) softmax(out, first + r, &logits_[r * kFactorStride], bias, hide);
