@@ -192,7 +192,7 @@ def draw_format(draw: Draw, head_dim: int) -> dict[str, Any]:
 
 
 def draw_pages(draw: Draw, shape: tuple, dtype: torch.dtype, format: dict[str, Any], order: Tensor) -> list[Tensor]:
-    """Codes and metadata of random tokens, ``shape`` [B, Hk, pages, D]; codes begin at multiples of 16 bytes, as they must."""
+    """Of random tokens, ``shape`` [B, Hk, pages, D]; codes begin at multiples of 16 bytes, as they must."""
     batch, heads, pages, head_dim = shape
     k, v = (draw.normal(batch, heads, max(pages, 1) * PAGE, head_dim).to(dtype) for _ in range(2))
     made = kv.kv_pack(k, v, **format, k_order=order if format["k_scheme"] == "mix" else None)
