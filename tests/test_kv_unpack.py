@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.kv_error import released
 from tests.reference import kv as reference
 from tests.test_kv_pack import FLOATS, SCHEMES, draw
 from vtkernels.kv import KVFormat, channel_order
@@ -126,11 +127,27 @@ def test_error_beside_the_released_vidkv(random):
     """Our 1.5 bits, at half the bits of the release, are nearer than its formulas as they were released."""
     k, v = draw(random, 1, 1, 256, 128), draw(random, 1, 1, 256, 128)
     _, got, _ = round_trip(torch.ops.vtk, k, v, KVFormat("mix", "ternary5", 32), k_order=channel_order(k))
-    for ours, x, formula in ((got[0], k, reference.vidkv_keys), (got[1], v, reference.vidkv_values)):
-        exact = x[0, 0].double().numpy()
-        error = float(np.square(ours[0, 0].numpy() - exact).mean())
-        meant, released = (float(np.square(formula(exact, r) - exact).mean()) for r in (False, True))
-        assert error < released and meant < released and error < 1.4 * meant
+    meant, as_released = (released.vidkv(k, v, released=form) for form in (False, True))
+    for exact, *found in zip((k, v), got, meant, as_released, strict=True):
+        error, error_meant, error_released = (float((x - exact).square().mean()) for x in found)
+        assert error < error_released and error_meant < error_released and error < 1.4 * error_meant
+
+
+def test_kivi_is_one_of_our_formats(random):
+    """Groups of 32 along its axes; scales and zeros are rounded otherwise."""
+    k, v = draw(random, 1, 2, 256, 64), draw(random, 1, 2, 256, 64)
+    for scheme, bits in (("int4", 4), ("int2", 2)):
+        _, got, _ = round_trip(torch.ops.vtk, k, v, KVFormat(scheme, scheme, 32, "channel", "token"))
+        for ours, theirs, exact in zip(got, released.kivi(k, v, bits), (k, v), strict=True):
+            assert float((ours - exact).norm()) == pytest.approx(float((theirs - exact).norm()), rel=0.02)
+            assert (ours - theirs).norm() < 0.3 * (ours - exact).norm()  # codes that were near the middle
+
+
+def test_the_codebook_for_normal_numbers():
+    """Lloyd's and Max's published values."""
+    assert released.normal_codebook(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-3)
+    assert released.normal_codebook(2).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=1e-3)
+    assert released.normal_codebook(3)[4:].tolist() == pytest.approx([0.2451, 0.7560, 1.344, 2.152], abs=2e-3)
 
 
 OK = {"head_dim": 32, "dtype": torch.float32, "k_scheme": "int4", "v_scheme": "int4"}

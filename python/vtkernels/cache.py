@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-import vtkernels.attention  # noqa: F401  (registers "vtk")
-from vtkernels.kv import PAGE_TOKENS, KVFormat
-from vtkernels.kv.pages import PackedKeysValues, Pages
+from vtkernels.attention import Pass  # whose package registers "vtk"
+from vtkernels.kv import KVFormat
+from vtkernels.kv.handed import PackedKeysValues, PromptKeysValues
+from vtkernels.kv.pages import Pages, Stored
 
 __all__ = ["PackedKVCache", "PackedKVLayer"]
 
 _Format = KVFormat | str
+_Formats = _Format | Sequence[_Format] | Callable[[int], _Format]
 
 
 class PackedKVLayer(DynamicLayer):
@@ -24,19 +26,31 @@ class PackedKVLayer(DynamicLayer):
 
     Args:
         format: of the pages.
+        protected: the format of the pages of the tokens that :meth:`protect` chooses.
         window: how many of the latest tokens stay in no page.
         unpack: whether attention gets unpacked keys and values.
+        after_prompt: called with what the first call attended with, before its tokens are packed.
     """
 
     keys: Any  # None before the first update
     values: Any
 
-    def __init__(self, format: KVFormat, *, window: int = 0, unpack: bool = False):
+    def __init__(
+        self,
+        format: KVFormat,
+        *,
+        protected: KVFormat | None = None,
+        window: int = 0,
+        unpack: bool = False,
+        after_prompt: Callable[[Pass], None] | None = None,
+    ):
         super().__init__()
         self.format = format
+        self.protected_format = protected
         self.window = window
         self.unpack = unpack
-        self.pages: Pages | None = None
+        self.after_prompt = after_prompt
+        self.stored: Stored | None = None
         self.record_past = False  # the name by which transformers switches it off
 
     def activate_past_recording(self) -> None:
@@ -45,35 +59,78 @@ class PackedKVLayer(DynamicLayer):
         self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Appends tokens ``[B, Hk, T, D]``; returns what they attend to, in which they are not packed yet."""
+        """Appends tokens ``[B, Hk, T, D]``; returns what they attend to, in which they are not packed yet.
+
+        When anything raises, the layer is as it was.
+        """
+        first = self.stored is None
+        if self.stored is None:
+            appended = Stored(key_states, value_states, key_states.shape[2], self.format, self.protected_format)
+        else:
+            appended = self.stored.append(key_states, value_states)
+        waits = self.record_past or (first and self.after_prompt is not None)
+        packed = appended if waits else appended.pack(self.window)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before = self.pages
-        keys = torch.cat([self.keys, key_states], dim=2)
-        values = torch.cat([self.values, value_states], dim=2)
-        self._keep(keys, values, pack=not self.record_past)
-        if before is None:
-            return keys, values
+        self._keep(packed)
+        if first and self.after_prompt is not None:
+            prompt = PromptKeysValues(appended.keys, appended.values, self._prompt_attended)
+            return prompt, prompt
+        if appended.as_it_came:
+            return appended.keys, appended.values
         if self.unpack:
-            packed = before.unpack(keys.shape[-1], keys.dtype)
-            return torch.cat([packed[0], keys], dim=2), torch.cat([packed[1], values], dim=2)
-        everything = PackedKeysValues(before, keys, values)
+            return appended.unpack()
+        everything = PackedKeysValues(appended)
         return everything, everything
 
-    def _keep(self, keys: Tensor, values: Tensor, *, pack: bool) -> None:
-        """Makes these the tokens in no page, or with ``pack`` what they leave when full pages have been packed."""
-        full = max(keys.shape[-2] - self.window, 0) // PAGE_TOKENS * PAGE_TOKENS if pack else 0
-        if full > 0:
-            pages = Pages.of(keys, values, self.format) if self.pages is None else self.pages
-            self.pages = pages.append(keys[:, :, :full], values[:, :, :full])
-            # Copies: views would keep what has been packed.
-            keys, values = keys[:, :, full:].clone(), values[:, :, full:].clone()
-        self.keys, self.values = keys, values
+    def protect(self, marks: Tensor) -> None:
+        """Lets these of the tokens in no page be packed as ``protected``: bool ``[B, R]``. For ``after_prompt``."""
+        self._keep(self._some().protect(marks))
+
+    def evict(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
+        """Keeps these tokens alone ``[B, Hk, K, D]``; the sequence stays as long as it is. For ``after_prompt``.
+
+        Args:
+            keys, values: may hold several tokens each, and in each head others.
+            places: int ``[B, K]``: whose padding is theirs, as a place in the sequence; -1: no token.
+        """
+        self._keep(self._some().evict(keys, values, places))
+
+    def _prompt_attended(self, attended: Pass) -> None:
+        assert self.after_prompt is not None
+        offloaded = self.keys.device != self.device
+        try:
+            self.prefetch()
+            self.after_prompt(attended)
+            if not self.record_past:
+                self._keep(self._some().pack(self.window))
+        except BaseException:
+            self.reset()  # the call brought all there was
+            raise
+        if offloaded:
+            self.offload()
+
+    def _some(self) -> Stored:
+        if self.stored is None:
+            raise ValueError("PackedKVCache: expected a layer with tokens")
+        return self.stored
+
+    def _keep(self, stored: Stored) -> None:
+        self.stored, self.keys, self.values = stored, stored.keys, stored.values
+
+    @property
+    def pages(self) -> Pages | None:
+        """The packed tokens, without those of the protected class."""
+        return None if self.stored is None else self.stored.pages
+
+    @property
+    def protected_pages(self) -> Pages | None:
+        """The packed tokens of the protected class."""
+        return None if self.stored is None else self.stored.protected
 
     def get_seq_length(self) -> int:
-        """How many tokens there are, packed or not."""
-        packed = 0 if self.pages is None else self.pages.tokens
-        return packed + super().get_seq_length()
+        """How many tokens came, packed or not, padding and what was evicted included."""
+        return 0 if self.stored is None else self.stored.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens, which must be in no page.
@@ -82,56 +139,60 @@ class PackedKVLayer(DynamicLayer):
             ValueError: a positive number, or more tokens than are in no page.
         """
         self.check_crop(tokens_to_remove)
-        if self.is_initialized:
-            kept = self.keys.shape[-2] + tokens_to_remove
-            self._keep(self.keys[..., :kept, :], self.values[..., :kept, :], pack=self.record_past)
+        if self.stored is not None:
+            cropped = self.stored.crop(-tokens_to_remove)
+            self._keep(cropped.pack(self.window) if self.record_past else cropped)
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises what :meth:`crop` raises."""
         if tokens_to_remove > 0:
             raise ValueError(f"PackedKVCache.crop: expected tokens_to_remove <= 0, got {tokens_to_remove}")
-        residual = super().get_seq_length()
-        if -tokens_to_remove > residual:
+        removable = 0 if self.stored is None or tokens_to_remove == 0 else self.stored.removable
+        if -tokens_to_remove > removable:
             raise ValueError(
-                f"PackedKVCache.crop: expected to remove at most the {residual} tokens that are in no page, got "
+                f"PackedKVCache.crop: expected to remove at most the {removable} tokens that are in no page, got "
                 f"{-tokens_to_remove}; a window keeps more of them"
             )
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.pages = self.keys = self.values = None
+        self.stored = self.keys = self.values = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Batch item ``i`` becomes what ``beam_idx[i]`` was."""
-        super().reorder_cache(beam_idx)
-        self._map_pages(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every batch item."""
-        super().batch_repeat_interleave(repeats)
-        self._map_pages(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these batch items."""
-        super().batch_select_indices(indices)
-        self._map_pages(lambda x: x[indices])
+        self._map(lambda x: x[indices.to(x.device)])
 
-    def _map_pages(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.pages is not None:
-            self.pages = self.pages.map(function)
+    def offload(self) -> None:
+        """Moves everything to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves everything back to where it was."""
+        if self.stored is not None and self.keys.device != self.device:
+            self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.stored is not None:
+            self._keep(self.stored.map(function))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages and of the tokens in no page."""
-        if not self.is_initialized:
-            return 0
-        return (0 if self.pages is None else self.pages.nbytes) + self.keys.nbytes + self.values.nbytes
+        """Bytes of the pages, of the tokens in no page, and of what tells where tokens of two classes came."""
+        return 0 if self.stored is None else self.stored.nbytes
 
     @property
     def elements(self) -> int:
         """Numbers that the layer stands for, keys and values."""
-        if self.get_seq_length() == 0:
+        if self.stored is None:
             return 0
         batch, heads, _, head_dim = self.keys.shape
         return 2 * batch * heads * self.get_seq_length() * head_dim
@@ -148,19 +209,27 @@ class PackedKVCache(Cache):
     While tokens are speculated (transformers then asks caches to record the past) pages are packed when the step's
     rejected tokens have been cropped. Otherwise :meth:`crop` removes at most what is in no page: any ``window`` tokens.
 
+    Padding of a batch is packed with the rest and never read: ``"vtk"`` attention excludes it.
+
     Args:
         config: of the model, or of its language model; its layers must have full attention.
         format: how layers are packed (:class:`vtkernels.kv.KVFormat` or its text, ``"mix/ternary5/128"``): one for all,
             one a layer, or a function of the layer's index; ``"none/none/64"`` keeps the elements.
+        protected: as ``format``, of a second class of pages, with the same group and axes: for tokens of the prompt
+            that ``after_prompt`` chooses. What comes later is of the first class.
         window: at least how many of the latest tokens stay in no page.
+        after_prompt: called with the cache, a layer's index and the :class:`vtkernels.attention.Pass` of its first
+            call, before the call's tokens are packed: the place for :meth:`PackedKVLayer.protect` and
+            :meth:`PackedKVLayer.evict`. Needs ``"vtk"`` or ``"vtk_sparse"`` in that call too.
         unpack: hands attention the unpacked keys and values of the whole cache at every step: slow and large, for
-            other implementations than ``"vtk"`` and for batches with padding.
+            other implementations than ``"vtk"``.
+        offloading: keeps layers on the CPU while others work, as transformers' caches do; needs CUDA.
 
     Raises:
         ValueError: a config with other than full attention, a format that is none, another number of formats than
-            layers, a negative window.
-        NotImplementedError: from attention: another implementation than ``"vtk"``; a batch with padding, since pages
-            have no key mask yet; lists, rules or a recording of a call that reads pages.
+            layers, protected pages of another group or axis, a negative window.
+        NotImplementedError: from attention: another implementation than ``"vtk"``; lists, rules or a recording of a
+            call that reads pages.
         RuntimeError: from :func:`vtkernels.kv_pack`: a head dim that does not fit the format.
 
     Example:
@@ -176,10 +245,13 @@ class PackedKVCache(Cache):
     def __init__(
         self,
         config: Any,
-        format: _Format | Sequence[_Format] | Callable[[int], _Format] = "int4/int4/64",
+        format: _Formats = "int4/int4/64",
         *,
+        protected: _Formats | None = None,
         window: int = 0,
+        after_prompt: Callable[[PackedKVCache, int, Pass], None] | None = None,
         unpack: bool = False,
+        offloading: bool = False,
     ):
         config = config.get_text_config(decoder=True)
         others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -187,8 +259,18 @@ class PackedKVCache(Cache):
             raise ValueError(f"PackedKVCache: expected layers with full attention, got {', '.join(sorted(others))}")
         if window < 0:
             raise ValueError(f"PackedKVCache: expected window >= 0, got {window}")
-        formats = _formats(format, config.num_hidden_layers)
-        super().__init__(layers=[PackedKVLayer(each, window=window, unpack=unpack) for each in formats])
+        count = config.num_hidden_layers
+        formats = _each(format, count)
+        of_protected = [None] * count if protected is None else _each(protected, count)
+        layers: list[Any] = []
+        for index, (ordinary, special) in enumerate(zip(formats, of_protected, strict=True)):
+            if special is not None and _grouping(special) != _grouping(ordinary):
+                raise ValueError(
+                    f"PackedKVCache: expected protected pages with group and axes of {ordinary}, got {special}"
+                )
+            hook = None if after_prompt is None else functools.partial(after_prompt, self, index)
+            layers.append(PackedKVLayer(ordinary, protected=special, window=window, unpack=unpack, after_prompt=hook))
+        super().__init__(layers=layers, offloading=offloading)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens of every layer, or of none where one cannot: ``ValueError``."""
@@ -208,7 +290,8 @@ class PackedKVCache(Cache):
         return 8 * self.nbytes / elements if elements else float("nan")
 
 
-def _formats(format: Any, num_layers: int) -> list[KVFormat]:
+def _each(format: Any, num_layers: int) -> list[KVFormat]:
+    """The format of each layer."""
     if isinstance(format, KVFormat | str):
         chosen = [format] * num_layers
     else:
@@ -216,3 +299,7 @@ def _formats(format: Any, num_layers: int) -> list[KVFormat]:
     if len(chosen) != num_layers:
         raise ValueError(f"PackedKVCache: expected a format for each of {num_layers} layers, got {len(chosen)}")
     return [KVFormat.parse(each) if isinstance(each, str) else each for each in chosen]
+
+
+def _grouping(format: KVFormat) -> tuple[int, str, str]:
+    return format.group, format.k_axis, format.v_axis

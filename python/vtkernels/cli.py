@@ -62,6 +62,7 @@ def demo(
 def evaluate(
     methods: str = typer.Option("all", help="Names of methods, comma-separated, or all; the baselines always run."),
     keep: str = typer.Option("0.5,0.25,0.11,0.05", help="Budgets: parts of the visual tokens, comma-separated."),
+    cache: str = typer.Option("", help="Formats of a packed cache, comma-separated: mix/ternary5/128,int4/int4/64."),
     questions: int = typer.Option(504, help="Held-out questions, rounded up to whole scenes (6) or videos (3)."),
     video: bool = typer.Option(False, help="Ask about videos of eight frames."),
     rounds: int = typer.Option(3, help="Timed repetitions; the table has their medians."),
@@ -70,7 +71,7 @@ def evaluate(
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     out: Path = typer.Option(Path("eval"), help="Folder of eval.json and eval.png."),
 ) -> None:
-    """Measures what every method's selection costs in answers and saves in time, on the embedded model."""
+    """Measures what every method costs in answers and saves in time and memory, on the embedded model."""
     _need("transformers", "sklearn", "matplotlib", "PIL")
     from vtkernels import demo as run
     from vtkernels import zoo
@@ -84,6 +85,7 @@ def evaluate(
             folder=model,
             methods=names,
             keeps=[float(part) for part in keep.split(",")],
+            formats=[part for part in cache.split(",") if part],
             video=video,
             count=questions,
             rounds=rounds,

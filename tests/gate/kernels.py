@@ -58,4 +58,7 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/select/prune_gather.cu": {"prune_gather_kernel": HOT},
     "csrc/select/select_cover.cu": {"select_cover_kernel": HOT},
     "csrc/select/select_diverse.cu": {"select_diverse_kernel": HOT},
+    "csrc/speculative/compact_accepted.cu": {"compact_accepted_kernel": HOT},
+    "csrc/speculative/sample_stats.cu": {"sample_stats_kernel": HOT},
+    "csrc/speculative/verify_draft.cu": {"verify_draft_kernel": HOT},
 }

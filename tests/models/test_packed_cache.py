@@ -32,8 +32,8 @@ def tokens(model, inputs, cache=None, count=12, **options):
 
 
 @torch.no_grad()
-def step(model, ids, cache):
-    return model(input_ids=ids, past_key_values=cache).logits
+def step(model, input_ids, cache, attention_mask=None):
+    return model(input_ids=input_ids, past_key_values=cache, attention_mask=attention_mask).logits
 
 
 def filled(format, length=300, **options):
@@ -52,15 +52,18 @@ def draw(random, count, *, batch=2, head_dim=16):
 def test_none_generates_what_sdpa_generates(window):
     inputs = prompts([200, 200])
     cache = PackedKVCache(on("vtk").config, NONE, window=window)
-    assert torch.equal(tokens(on("vtk"), inputs, cache, 150), tokens(on("sdpa"), inputs, count=150))
+    assert torch.equal(tokens(on("vtk"), inputs, cache, 100), tokens(on("sdpa"), inputs, count=100))
     assert [layer.pages.tokens for layer in cache.layers] == [256] * 3
-    assert cache.get_seq_length() == 349
+    assert cache.get_seq_length() == 299
 
 
 def test_qwen2_5_vl():
+    """A batch with padding, of which one prompt has an image."""
     model, inputs = qwen2_5_vl(), qwen_inputs()
-    ids = torch.cat([prompts([250])["input_ids"], inputs["input_ids"][1:]], dim=1)
-    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 110).int()}
+    ids = torch.cat([prompts([180, 250])["input_ids"], inputs["input_ids"]], dim=1)
+    ids[0, 250:] = 7
+    mask = (ids != 0).long()
+    inputs |= {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == 110).int()}
     model.set_attn_implementation("sdpa")
     expected = tokens(model, inputs)
     model.set_attn_implementation("vtk")
@@ -71,17 +74,17 @@ def test_qwen2_5_vl():
 
 @pytest.fixture(scope="module")
 def asked():
-    """The embedded model, and a question of more than two pages with a long answer."""
+    """The embedded model, and questions of more than two pages, one padded and one with a long answer."""
     model, processor = embedded.load()
     pictures, questions = evaluate.drawn(1, video=False, seed=5)
-    inputs = evaluate.ask(processor, pictures, [questions[-1].text])
-    assert inputs["input_ids"].shape[1] > 2 * PAGE_TOKENS
+    inputs = evaluate.ask(processor, pictures * 2, [questions[0].text, questions[-1].text])
+    assert inputs["input_ids"].shape[1] > 2 * PAGE_TOKENS and not inputs["attention_mask"].all()
     return model, inputs
 
 
 @pytest.mark.parametrize("method", [None, "holitom"])
 def test_the_embedded_model(asked, method):
-    """As it is, and with layers of different lengths, as pruning between them leaves a cache."""
+    """As it is, and with layers of different lengths, as pruning between them leaves a cache; padded."""
     model, inputs = asked
     with zoo.apply(model, method, keep=0.7) if method else contextlib.nullcontext():
         model.set_attn_implementation("sdpa")
@@ -96,21 +99,41 @@ def test_the_embedded_model(asked, method):
     assert packed == [length // 128 * 128 for length in lengths]
 
 
-@pytest.mark.parametrize("format", LOW)
-def test_steps_attend_to_what_the_pages_read_as(format):
+def every(count):
+    """Marks each ``count``-th token of a layer's prompt for the protected pages."""
+
+    def protect(cache, index, attended):
+        batch, _, length, _ = attended.key.shape
+        marks = torch.arange(length) % count == torch.arange(batch).unsqueeze(1) % count
+        cache.layers[index].protect(marks)
+
+    return protect
+
+
+CLASSES = {"protected": "mix/int4/32", "after_prompt": every(2)}
+
+
+@pytest.mark.parametrize("lengths", [[250, 250], [250, 190]], ids=["even", "padded"])
+@pytest.mark.parametrize("format, options", [*((low, {}) for low in LOW), ("sign/ternary/32", CLASSES)])
+def test_steps_attend_to_what_the_pages_read_as(format, options, lengths):
     """Each step, of one token or several, against dense attention on the same pages unpacked."""
-    model, cache = filled(format, 250)
-    dense, first = on("sdpa"), None
+    model, dense, first = on("vtk"), on("sdpa"), None
+    inputs = prompts([length + 40 * bool(options) for length in lengths])  # a page of each class
+    cache = PackedKVCache(model.config, format, **options)
+    step(model, cache=cache, **inputs)
+    mask = inputs["attention_mask"]
     for number in range(12):
         ids = prompts([1 + 4 * (number % 3 == 1)] * 2)["input_ids"] + number
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         unpacked = copy.deepcopy(cache)
         for layer in unpacked.layers:
             layer.unpack = True
-        torch.testing.assert_close(step(model, ids, cache), step(dense, ids, unpacked), rtol=1e-4, atol=1e-5)
+        expected = step(dense, ids, unpacked, attention_mask=mask)
+        torch.testing.assert_close(step(model, ids, cache, attention_mask=mask), expected, rtol=1e-4, atol=1e-5)
         pages = [x[:, :, :1].clone() for layer in cache.layers for x in layer.pages.packed]
         first = first or pages
         assert all(map(torch.equal, pages, first))
-    assert cache.layers[0].pages.tokens == 256
+    assert cache.layers[0].pages.tokens == (256 if not options else 128)
 
 
 @pytest.mark.parametrize("window", [0, 40])
@@ -142,11 +165,14 @@ def test_speculation(monkeypatch):
     assert cache.layers[0].pages.tokens == 256 and min(cropped) < 0
 
 
-def test_beams():
-    inputs, cache = prompts([250]), PackedKVCache(on("vtk").config, NONE)
+@pytest.mark.parametrize("options", [{}, CLASSES | {"protected": "none/none/64"}], ids=["pages", "classes"])
+def test_beams(options):
+    inputs = prompts([250 + 40 * bool(options), 180])
+    cache = PackedKVCache(on("vtk").config, NONE, **options)
     expected = tokens(on("sdpa"), inputs, count=20, num_beams=3)
     assert torch.equal(tokens(on("vtk"), inputs, cache, 20, num_beams=3), expected)
-    assert cache.layers[0].pages.tokens == 256
+    layer = cache.layers[0]
+    assert layer.pages.tokens == 256 - 128 * bool(options) and (layer.protected_pages is None) == (not options)
 
 
 def test_cropped_tokens_leave_no_trace():
@@ -232,16 +258,142 @@ def test_a_failed_append_leaves_the_layer_as_it_was():
     layer.update(torch.ones(1, 2, 100, 12), torch.ones(1, 2, 100, 12))
     with pytest.raises(RuntimeError, match=r"kv_pack: .*multiple of 8"):
         layer.update(torch.ones(1, 2, 30, 12), torch.ones(1, 2, 30, 12))
+    with pytest.raises(ValueError, match="float32, got"):
+        layer.update(torch.ones(1, 2, 3, 12).bfloat16(), torch.ones(1, 2, 3, 12).bfloat16())
     assert layer.get_seq_length() == 100 and layer.pages is None
+    with pytest.raises(RuntimeError, match=r"kv_pack: .*multiple of 8"):
+        (fresh := PackedKVLayer(KVFormat("int4", "int4"))).update(torch.ones(1, 2, 130, 12), torch.ones(1, 2, 130, 12))
+    assert fresh.get_seq_length() == 0 and not fresh.is_initialized
 
 
-def test_padded_batches_are_unpacked_or_refused():
+def test_padded_batches():
     inputs = prompts([200, 150])
-    with pytest.raises(NotImplementedError, match=r"no padding in a batch .* or PackedKVCache\(unpack=True\)"):
-        tokens(on("vtk"), inputs, PackedKVCache(on("vtk").config))
-    for implementation in ("vtk", "sdpa"):
-        cache = PackedKVCache(on("vtk").config, NONE, unpack=True)
-        assert torch.equal(tokens(on(implementation), inputs, cache), tokens(on("sdpa"), inputs))
+    expected = tokens(on("sdpa"), inputs)
+    for implementation, unpack in (("vtk", False), ("vtk", True), ("sdpa", True)):
+        cache = PackedKVCache(on("vtk").config, NONE, unpack=unpack)
+        assert torch.equal(tokens(on(implementation), inputs, cache), expected)
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_two_classes(window):
+    """Which token is where, item by item; what fills no page of its class stays, and so do those in the window."""
+    random = torch.Generator().manual_seed(4)
+    k, v = draw(random, 470, batch=3)
+    ranks = torch.rand(3, 450, generator=random).argsort(dim=1).argsort(dim=1)
+    marks = ranks < torch.tensor([[202], [190], [180]])
+    formats = KVFormat("mix", "ternary", 32), KVFormat("int4", "int2", 32)
+    layer = PackedKVLayer(formats[0], protected=formats[1], window=window, after_prompt=lambda _: layer.protect(marks))
+    layer.update(k[:, :, :450], v[:, :, :450])[0].attended(None)
+    for token in range(450, 470):
+        layer.update(k[:, :, token : token + 1], v[:, :, token : token + 1])
+
+    marks = torch.cat([marks, torch.zeros(3, 20, dtype=torch.bool)], dim=1)
+    order = layer.pages.k_order
+    assert torch.equal(order, channel_order(k[:, :, :450]))
+    seen = torch.full((3, 470), -1)
+    for item in range(3):
+        left = torch.ones(470, dtype=torch.bool)
+        for chosen, pages, form in (
+            (~marks, layer.pages, formats[0]),
+            (marks, layer.protected_pages, formats[1]),
+        ):
+            (places,) = chosen[item].nonzero(as_tuple=True)
+            places = places[: pages.tokens]
+            left[places] = False
+            k_order = order[item : item + 1] if form.k_scheme == "mix" else None
+            one = (x[item : item + 1, :, places] for x in (k, v))
+            once = kv_pack(*one, **form.options, k_order=k_order)
+            assert all(torch.equal(a[item : item + 1], b) for a, b in zip(pages.packed, once, strict=True))
+        assert torch.equal(layer.keys[item], k[item, :, left])
+        (seen[item, : int(left.sum())],) = left.nonzero(as_tuple=True)
+    assert torch.equal(layer.stored.places[2].long(), seen[:, : layer.keys.shape[2]])
+    old = 470 - window  # of these, as many pages as every item fills
+    for chosen, pages in ((~marks, layer.pages), (marks, layer.protected_pages)):
+        assert pages.tokens == int(chosen[:, :old].sum(1).min()) // 128 * 128 > 0
+    residual = layer.keys.shape[2]
+    behind = (seen[:, :residual] == torch.arange(470 - residual, 470)).all(0)
+    last = int(behind.flip(0).int().cumprod(0).sum())
+    with pytest.raises(ValueError, match=f"at most the {last} tokens"):
+        layer.crop(-last - 1)
+    layer.crop(-last)
+    assert layer.get_seq_length() == 470 - last
+
+
+def test_a_tree_of_queries():
+    """The last tokens of a sequence see the rest, and of each other what their branch holds."""
+    random = torch.Generator().manual_seed(6)
+    k, v = draw(random, 180)
+    layer = PackedKVLayer(KVFormat("int4", "int4"))
+    layer.update(k[:, :, :170], v[:, :, :170])
+    handed, _ = layer.update(k[:, :, 170:173], v[:, :, 170:173])
+    query = torch.randn(2, 4, 3, 16, generator=random)
+    branches = torch.tensor([[0b001, 0b011, 0b101]]).unsqueeze(-1)  # two children of the first
+    bias = torch.zeros(2, 173)
+    bias[1, :5] = -torch.inf
+    out, lse = handed.attend(query, key_bias=bias, ancestors=branches)
+    keys, values = (x.repeat_interleave(2, dim=1) for x in layer.stored.unpack())
+    mask = bias[:, None, None].repeat(1, 1, 3, 1)
+    mask[:, :, 0, 171:] = mask[:, :, 1, 172] = mask[:, :, 2, 171] = -torch.inf
+    logits = query @ keys.transpose(2, 3) / 4 + mask
+    torch.testing.assert_close(out, logits.softmax(-1) @ values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_eviction():
+    """What is kept, in each head something else, is read at the places given; the sequence stays as long as it was."""
+    k, v = draw(torch.Generator().manual_seed(7), 150)
+    layer = PackedKVLayer(KVFormat.parse(NONE), after_prompt=lambda _: layer.evict(k[:, :, :6], v[:, :, :6], places))
+    places = torch.tensor([[-1, -1, 146, 147, 148, 149], [144, 145, 146, 147, 148, 149]])
+    layer.update(k, v)[0].attended(None)
+    handed, _ = layer.update(k[:, :, 9:10], v[:, :, 9:10])
+    assert layer.get_seq_length() == handed.tokens == 151
+    query = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(8))
+    out, _ = handed.attend(query, causal=True)
+    for item, first in ((0, 2), (1, 0)):
+        keys, values = (torch.cat([x[item, :, first:6], x[item, :, 9:10]], dim=1) for x in (k, v))
+        expected = (query[item] @ keys.transpose(1, 2) / 4).softmax(-1) @ values
+        torch.testing.assert_close(out[item], expected, rtol=1e-5, atol=1e-5)
+    layer.crop(-1)
+    with pytest.raises(ValueError, match="at most the 0 tokens"):
+        layer.crop(-1)
+    layer.unpack = True
+    with pytest.raises(NotImplementedError, match="from which nothing was evicted"):
+        layer.update(k[:, :, :1], v[:, :, :1])
+
+
+def test_offloading():
+    """All tensors leave and come back. There is no second device here: what comes back is seen on "meta"."""
+    _, cache = filled("mix/ternary/32", 300, **CLASSES)
+    layer, before = cache.layers[1], cache.layers[1].stored
+    devices = []
+    layer.offload()
+    layer.prefetch()
+    assert all(map(torch.equal, before.pages.packed, layer.pages.packed)) and torch.equal(before.keys, layer.keys)
+    layer.device = torch.device("meta")
+    layer.prefetch()
+    layer.stored.map(lambda x: devices.append(x.device.type) or x)
+    assert devices == ["meta"] * 16  # keys, values, 2 x (4 and an order), marks, 3 x places
+
+
+def test_what_is_asked_after_the_prompt():
+    k, v = draw(torch.Generator().manual_seed(9), 140)
+    layer = PackedKVLayer(KVFormat("int4", "int4"), after_prompt=lambda _: layer.protect(torch.ones(2, 140) > 0))
+    prompt, _ = layer.update(k, v)
+    with pytest.raises(ValueError, match="expected a cache with a protected format"):
+        prompt.attended(None)
+    assert layer.get_seq_length() == 0 and not layer.is_initialized
+    layer.protected_format = KVFormat("int2", "int2")
+    layer.after_prompt = lambda _: layer.protect(torch.ones(2, 139) > 0)
+    with pytest.raises(ValueError, match=r"marks as bool \[B, R\] = \[2, 140\], got torch.bool \[2, 139\]"):
+        layer.update(k, v)[0].attended(None)
+    layer.after_prompt = lambda _: layer.evict(k, v, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"places \[B, K\] = \[2, 140\], got \[2, 3\]"):
+        layer.update(k, v)[0].attended(None)
+    cache = PackedKVCache(llama().config, "int4/int4/32", after_prompt=lambda *_: None)
+    with pytest.raises(NotImplementedError, match='expected the attention "vtk"'):
+        step(on("sdpa"), torch.ones(2, 9, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="protected pages with group and axes of int4/int4/32, got int4/int4/64"):
+        PackedKVCache(llama().config, "int4/int4/32", protected="int4/int4/64")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

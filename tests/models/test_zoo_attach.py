@@ -17,7 +17,7 @@ from vtkernels import zoo
 from vtkernels.zoo.adapters.llava import _feature_layer
 from vtkernels.zoo.recipe import Context, Kept
 
-METHODS = [method.name for method in zoo.methods() if not method.merges and "vision_layers" not in method.stages]
+METHODS = tiny.pruning_methods()
 
 
 @pytest.fixture
@@ -145,14 +145,16 @@ def test_registry():
         *["fastervlm", "vtc_cls", "fopru", "hiprune", "todre", "mmtok"],
         *["tome", "pitome", "tinychart", "auroracap", "simvlg"],
         *["aim", "visiondrop", "vflowopt", "recoverable_compression", "sit"],
-        *["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner", "random", "uniform"],
+        *["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"],
+        *["kivi", "vidkv", "zipvl", "lookm", "packed", "random", "uniform"],
     ]
     for method in listed.values():
         assert method.title and method.reference and method.status and method.stages
         assert set(method.stages) <= set(zoo.STAGES)
         assert type(zoo.make_recipe(method.name)).__doc__
     assert listed["fastervlm"].needs_cls and listed["vtc_cls"].needs_cls and not listed["hiprune"].needs_cls
-    assert [name for name, method in listed.items() if method.reads_question] == ["mmtok", "recoverable_compression"]
+    questions = [name for name, method in listed.items() if method.reads_question]
+    assert questions == ["mmtok", "recoverable_compression", "vidkv"]
     videos = [name for name, method in listed.items() if method.video]
     assert videos == ["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"]
     assert listed["mmtok"].options == {"alpha": 0.5, "tau_tv": 0.02, "tau_vv": 0.2, "tokenizer": None}
@@ -254,16 +256,18 @@ def test_a_later_stage_cannot_keep_more(model, batch):
 
 
 @dataclass(frozen=True)
-class CacheRecipe(zoo.Recipe):
-    name: ClassVar[str] = "cache_recipe"
+class DecodingRecipe(zoo.Recipe):
+    name: ClassVar[str] = "decoding_recipe"
 
-    def cache(self, ctx: Context) -> Kept:
+    def decoding(self, ctx: Context) -> Kept:
         raise AssertionError("never reached")
 
 
 def test_unserved_stage(model):
-    with pytest.raises(NotImplementedError, match="cache_recipe: stage cache is not served for LlavaForConditional"):
-        zoo.apply(model, CacheRecipe(), keep=5)
+    with pytest.raises(
+        NotImplementedError, match="decoding_recipe: stage decoding is not served for LlavaForConditional"
+    ):
+        zoo.apply(model, DecodingRecipe(), keep=5)
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.models import tiny
 from vtkernels import zoo
 
-METHODS = [method.name for method in zoo.methods() if not method.merges and "vision_layers" not in method.stages]
+METHODS = tiny.pruning_methods()
 RAGGED = [(1, 4), (2, 9), (0, 5), (1, 7)]
 N = 16
 NEW = 6

@@ -210,7 +210,7 @@ def test_uniform_is_a_grid(siglip):
     assert siglip.kept("uniform", 4)[0] == [1 * GRID + 1, 1 * GRID + 4, 4 * GRID + 1, 4 * GRID + 4]
 
 
-@pytest.mark.parametrize("method", [m.name for m in zoo.methods() if not m.merges and "vision_layers" not in m.stages])
+@pytest.mark.parametrize("method", tiny.pruning_methods())
 def test_kept_features_are_bitwise_the_encoders(oracle, method):
     model, pixels = oracle.model, oracle.batch["pixel_values"]
     seen = {}

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
+from vtkernels import zoo
+
 IMAGE = 99  # the image placeholder's id
 VOCAB = 100
 PATCH = 14
+
+
+def pruning_methods() -> list[str]:
+    """Those that prune what the encoder gives and do not merge."""
+    others = ("vision_layers", "cache")
+    return [m.name for m in zoo.methods() if not m.merges and not any(stage in m.stages for stage in others)]
 
 
 def llava(

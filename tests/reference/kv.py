@@ -295,34 +295,3 @@ def kv_unpack(
                 rows.copy_(torch.from_numpy(page).float())  # rounded to float32, then to dtype, as kernels do
         out.append(x)
     return tuple(out)
-
-
-# ---- VidKV's 1.5-bit keys and 1.58-bit values as its text means them and as it was released ----
-
-
-def vidkv_keys(k: np.ndarray, released: bool) -> np.ndarray:
-    """``[N, D]``, groups of 32 tokens: the hard half 2-bit, the others through a Fourier transform and 1 bit.
-
-    Released, a bit reads as 0 or +s; meant is -s or +s.
-    """
-    spread = k.max(0) - k.min(0)
-    easy = np.sort(np.argsort(-spread, kind="stable")[k.shape[1] // 2 :])
-    out = np.empty_like(k)
-    groups = k.reshape(-1, 32, k.shape[1])
-    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-    step = np.where(high > low, (high - low) / 3, 1)
-    out[:] = (np.rint((groups - low) / step) * step + low).reshape(k.shape)
-    waves = np.fft.fft(k[:, easy], axis=1)
-    parts = np.stack([waves.real, waves.imag], axis=-1).reshape(-1, 32, len(easy), 2)
-    scale = np.abs(parts).mean(1, keepdims=True)
-    coded = (scale * np.where(parts >= 0, 1.0, 0.0 if released else -1.0)).reshape(*waves.shape, 2)
-    out[:, easy] = np.fft.ifft(coded[..., 0] + 1j * coded[..., 1], axis=1).real
-    return out
-
-
-def vidkv_values(v: np.ndarray, released: bool) -> np.ndarray:
-    """``[N, D]``: ternary over 32 tokens. Released, a code reads as -1, 0 or 1 without its scale."""
-    groups = v.reshape(-1, 32, v.shape[1])
-    mean = np.abs(groups).mean(1, keepdims=True)
-    codes = np.where(np.abs(groups) > 0.5 * mean, np.sign(groups), 0)
-    return (codes if released else codes * mean).reshape(v.shape)

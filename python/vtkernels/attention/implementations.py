@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from vtkernels.attention.lists import BlockLists, dense
-from vtkernels.attention.recording import is_recorded, record
+from vtkernels.attention.recording import Pass, is_recorded, record
 from vtkernels.attention.rules import Rule
-from vtkernels.kv.pages import PackedKeysValues
+from vtkernels.kv.format import KVFormat
+from vtkernels.kv.handed import PackedKeysValues, PromptKeysValues
+from vtkernels.kv.pages import Pages, Stored
 
 # (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call, or a rule; None: all blocks.
 Producer = Callable[[Any, Tensor, Tensor], BlockLists | Rule | None]
 _PRODUCER = "_vtk_lists"
+_ANCESTORS: ContextVar[Tensor | None] = ContextVar("vtk_ancestors", default=None)
 
 
 def register() -> None:
@@ -55,24 +59,41 @@ def sparse(model: Any, producer: Producer) -> Iterator[None]:
             module.__dict__.pop(_PRODUCER, None)
 
 
+@contextlib.contextmanager
+def draft_tree(ancestors: Tensor) -> Iterator[None]:
+    """Within the block, the queries of causal ``"vtk"`` attention are nodes of a draft tree, and its last keys theirs.
+
+    Masks are those of as many tokens one after the other.
+
+    Args:
+        ancestors: int64 ``[B | 1, Q, ceil(Q / 64)]``, as :func:`vtkernels.packed_attention` takes it.
+    """
+    before = _ANCESTORS.set(ancestors)
+    try:
+        yield
+    finally:
+        _ANCESTORS.reset(before)
+
+
 def dense_attention(
     module: Any,
     query: Tensor,
-    key: Tensor | PackedKeysValues,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The implementation ``"vtk"``; keys of :class:`vtkernels.cache.PackedKVCache` it reads packed."""
+    """The implementation ``"vtk"``; what :class:`vtkernels.cache.PackedKVCache` hands it, it reads packed."""
     return _attend(None, module, query, key, value, attention_mask, **options), None
 
 
 def sparse_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The implementation ``"vtk_sparse"``; without a producer it is ``"vtk"``."""
     producer = module.__dict__.get(_PRODUCER)
-    lists = None if producer is None else producer(module, query, key)
+    keys = key.keys if isinstance(key, PromptKeysValues) else key
+    lists = None if producer is None else producer(module, query, keys)
     return _attend(lists, module, query, key, value, attention_mask, **options), None
 
 
@@ -112,8 +133,8 @@ def _attend(
     lists: BlockLists | Rule | None,
     module: Any,
     query: Tensor,
-    key: Tensor | PackedKeysValues,
-    value: Tensor,
+    key: Any,
+    value: Any,
     mask: Tensor | None,
     *,
     scaling: float | None = None,
@@ -123,6 +144,9 @@ def _attend(
     **others: Any,
 ) -> Tensor:
     """Attention of one call: [B, Q, H, D], as transformers wants it."""
+    prompt = key if isinstance(key, PromptKeysValues) else None
+    if prompt is not None:
+        key, value = prompt.keys, prompt.values
     rows, keys = query.shape[2], key.tokens if isinstance(key, PackedKeysValues) else key.shape[2]
     for name in ("softcap", "s_aux", "position_bias"):
         _serve(others.get(name) is None, f"no {name}")
@@ -134,17 +158,32 @@ def _attend(
         _serve(fits, f"a mask as padding_mask makes it, float32 [B, N = {keys}], got {mask.dtype} {list(mask.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     listed = lists is not None
+    ancestors = _ANCESTORS.get() if causal else None
+    if ancestors is not None and not isinstance(key, PackedKeysValues):
+        key = _in_no_page(key, value)
     if isinstance(key, PackedKeysValues):
-        _serve(mask is None, "no padding in a batch whose keys are packed, or PackedKVCache(unpack=True)")
-        _serve(not listed and not is_recorded(module), "no lists, rules or recording of a call that reads packed keys")
-        out, _ = key.pages.attend(query, key.keys, key.values, causal=causal, scale=scaling)
+        _serve(
+            not listed and not is_recorded(module),
+            "no lists, rules or recording of a call that reads packed keys or a draft tree",
+        )
+        options = {"causal": causal} if ancestors is None else {"ancestors": ancestors}
+        out, _ = key.attend(query, key_bias=mask, scale=scaling, **options)
         return out.transpose(1, 2).contiguous()
     if lists is None:
         lists = _all_blocks(rows, keys, causal, query.device)
     starts = {"starts_k": _padding_left(mask)} if isinstance(lists, Rule) and mask is not None else {}
     out, lse = lists.attend(query, key, value, scale=scaling, key_bias=mask, **starts)
-    record(module, query, key, None if listed else lse, scaling, mask)
+    done = Pass(query.detach(), key.detach(), None if listed else lse.detach(), scaling, mask)
+    record(module, done)
+    if prompt is not None:
+        prompt.attended(done)
     return out.transpose(1, 2).contiguous()
+
+
+def _in_no_page(keys: Tensor, values: Tensor) -> PackedKeysValues:
+    """Keys and values ``[B, Hk, N, D]`` as ``packed_attention`` reads them."""
+    raw = KVFormat("none", "none")
+    return PackedKeysValues(Stored(keys, values, keys.shape[2], raw, pages=Pages.of(keys, values, raw, None)))
 
 
 def _padding_left(mask: Tensor) -> Tensor:

@@ -62,11 +62,7 @@ def is_recorded(module: Any) -> bool:
     return bool(module.__dict__.get(_RECORDS))
 
 
-def record(
-    module: Any, query: Tensor, key: Tensor, lse: Tensor | None, scale: float | None, key_bias: Tensor | None
-) -> None:
+def record(module: Any, done: Pass) -> None:
     """Notes a call of ``module`` with whoever records it."""
-    if records := module.__dict__.get(_RECORDS):
-        done = Pass(query.detach(), key.detach(), None if lse is None else lse.detach(), scale, key_bias)
-        for passes, name in records:
-            passes[name] = done
+    for passes, name in module.__dict__.get(_RECORDS, ()):
+        passes[name] = done

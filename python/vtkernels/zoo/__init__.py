@@ -5,6 +5,7 @@ how it reaches a model family is an adapter in ``adapters/``.
 """
 
 from vtkernels.zoo.apply import Handle, apply
+from vtkernels.zoo.caching import CacheContext
 from vtkernels.zoo.merging import LayerContext, LayerMerge, LayerMerging
 from vtkernels.zoo.proportional import size_bias
 from vtkernels.zoo.recipe import STAGES, Context, Encoder, Recipe
@@ -12,6 +13,7 @@ from vtkernels.zoo.registry import Method, make_recipe, methods
 
 __all__ = [
     "STAGES",
+    "CacheContext",
     "Context",
     "Encoder",
     "Handle",

@@ -74,11 +74,15 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
             method's own option for it (``r``, ``ratio``) stands instead.
         options: the method's options.
 
+    A method of the cache makes the cache of every call that fills one and brings none; it needs the attention
+    ``"vtk"`` (``model.set_attn_implementation("vtk")``).
+
     Returns:
         A handle to detach with, which is also a context manager.
 
     Raises:
-        TypeError: a model class that no adapter knows, an unknown option, or a keep of another type.
+        TypeError: a model class that no adapter knows, an unknown option, a keep of another type, or any for a method
+            of the cache alone.
         ValueError: an unknown method, an option or budget out of range, a method that needs a [CLS] token on an
             encoder without one, or a stage that another attached method claims.
         NotImplementedError: a stage that the model's adapter does not serve.
@@ -99,6 +103,10 @@ def apply(model: Any, method: str | Recipe, keep: int | float | str | None = "al
         recipe = make_recipe(method, **options)
     adapter = adapter_of(model)
     wanted = _budget(recipe.name, keep, adapter.encoder.num_patches)
+    if wanted is not None and recipe.stages() == ("cache",):
+        raise TypeError(
+            f"{recipe.name}: expected no keep, since the cache's methods drop no visual token of the prompt"
+        )
     claim = Claim(recipe, recipe.budget(adapter.encoder, wanted))
     adapter.attach(claim)
     return Handle(adapter, claim)

@@ -49,7 +49,7 @@ def measure(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Cost:
             hook.remove()
 
     cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    kv_bytes = sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     ids = [int(token)]
     begin = _now(model.device)
     for _ in range(new_tokens - 1):
@@ -66,15 +66,16 @@ def prefill_flops(model: Any, inputs: dict[str, Tensor]) -> int:
 
     The selection's own are not among them: they are few, and their time is in the prefill's.
     """
-    # NOTE: torch's counter knows the attention of CUDA and not that of CPU, which takes the same arguments.
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention_flops}) as counter:
+    # NOTE: torch's counter knows the attention of CUDA, not that of CPU nor ours; their first arguments are the same.
+    ours = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.vtk.block_sparse_attention)
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(ours, _attention_flops)) as counter:
         model(**inputs, use_cache=True, logits_to_keep=1)
     return counter.get_total_flops()
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop(query, key, value)
+    heads = (*query[:2], *key[2:])  # which keys may share
+    return sdpa_flop(query, heads, heads)
 
 
 def _now(device: torch.device) -> float:

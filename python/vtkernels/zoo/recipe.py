@@ -18,7 +18,7 @@ from vtkernels import attention_scores
 
 Stage = Literal["vision_layers", "vision_encoder", "after_projector", "between_layers", "cache", "decoding"]
 
-# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first four.
+# In the order in which a token meets them. An adapter says which ones it serves; LLaVA's serves the first five.
 STAGES: tuple[Stage, ...] = (
     "vision_layers",
     "vision_encoder",
@@ -173,7 +173,7 @@ class Context:
 @dataclass(frozen=True)
 class Recipe:
     """Base of every method. A subclass defines one method per stage it claims: ``(ctx: Context) -> Kept | Merged``;
-    for ``vision_layers`` and ``between_layers`` see merging.py, reuse.py and decoder.py.
+    for ``vision_layers``, ``between_layers`` and ``cache`` see merging.py, reuse.py, decoder.py and caching.py.
     """
 
     name: ClassVar[str]

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from vtkernels.attention import Pass
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
-from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask
+from vtkernels.zoo.adapters.generation import Border, generate_short, infer_mask, makes_cache
 from vtkernels.zoo.adapters.prompt import Shortened, real_tokens, rows_of_images
+from vtkernels.zoo.adapters.survivors import survivors_of
+from vtkernels.zoo.caching import CacheContext
 from vtkernels.zoo.recipe import Context, Encoder, Kept, Merged, Stage
 
 
@@ -203,6 +205,10 @@ class Adapter(Attachment):
     def image_token_id(self) -> int: ...
 
     @abstractmethod
+    def visual_tokens(self, encoding: Encoding) -> Tensor:
+        """[n, C], those that the language model gets, image after image."""
+
+    @abstractmethod
     def special_ids(self) -> set[int]:
         """Ids that are no words: image, padding, begin and end of sequence."""
 
@@ -226,11 +232,14 @@ class Adapter(Attachment):
     def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def pruned_forward(*args: Any, **kwargs: Any) -> Any:
             call = _arguments(forward, args, kwargs)
-            if self.served is not None or not self._has_images(call):
+            if self.served is not None:
                 return forward(*args, **kwargs)
+            defaults = self.model.config.get_text_config(decoder=True)
+            if not self._has_images(call):
+                return forward(**call | self._cache(call, defaults))
             with self._serving(call) as encoding:
-                short = self._shorten(call, encoding, left=False)
-                return forward(*args, **kwargs) if short is None else forward(**short)
+                short = self._shorten(call, encoding, left=False) or call
+                return forward(**short | self._cache(short, defaults))
 
         return pruned_forward
 
@@ -240,15 +249,16 @@ class Adapter(Attachment):
             call = _arguments(generate, args, kwargs)
             if call.get("input_ids") is None and call.get("inputs") is not None:
                 call["input_ids"] = call.pop("inputs")
-            if not self._has_images(call):
-                return generate(*args, **kwargs)
             defaults = self.model.generation_config
+            if not self._has_images(call):
+                return generate(*args, **kwargs | self._cache(call, defaults))
             if call.get("attention_mask") is None:
                 call["attention_mask"] = infer_mask(call, defaults)
             with self._serving(call) as encoding:
                 short = self._shorten(call, encoding, left=True)
                 if short is None:
-                    return generate(*args, **kwargs)
+                    return generate(*args, **kwargs | self._cache(call, defaults))
+                short |= self._cache(short, defaults)
                 border = Border(call["input_ids"], short["input_ids"].shape[1])
                 return generate_short(generate, short, border, defaults)
 
@@ -315,6 +325,28 @@ class Adapter(Attachment):
             attention_mask=seen.get("attention_mask"),
         )
         return short
+
+    def _cache(self, call: dict[str, Any], defaults: Any) -> dict[str, Any]:
+        """The cache that a recipe makes for this call, as an argument; none for calls that bring or need none."""
+        claim = self.claims.get("cache")
+        if claim is None or call.get("input_ids") is None or not makes_cache(call, defaults):
+            return {}
+        ids, encoding = call["input_ids"], self.served
+        embed = self.model.get_input_embeddings()
+        real = real_tokens(call)
+        context = CacheContext(
+            config=self.model.config.get_text_config(decoder=True),
+            visual=(ids == self.image_token_id) & real,
+            real=real,
+            tokens=embed.weight.new_empty(0, embed.weight.shape[1])
+            if encoding is None
+            else self.visual_tokens(encoding),
+            questions=self._questions(call),
+            embed=embed,
+            survivors=survivors_of,
+        )
+        recipe: Any = claim.recipe
+        return {"past_key_values": recipe.cache(context)}
 
     def _pad_id(self) -> int:
         """Any id that is no image: padding is masked."""

@@ -27,54 +27,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from vtkernels.attention import Pass, recording
 from vtkernels.zoo.adapters.attachment import Attachment, Claim
 from vtkernels.zoo.adapters.base import LastRun
+from vtkernels.zoo.adapters.survivors import Survivors, note_survivors, survivors_on
 from vtkernels.zoo.decoder import DecoderContext
 
 # query [B, H, T, D] and key [B, Hk, T, D], rotary embedding applied, and what normalised the rows, [B, H, T] or None.
 _Attended = tuple[Tensor, Tensor, Tensor | None]
 _SERVED = ("llama", "mistral", "qwen2")
-_SURVIVORS = "_vtk_survivors"  # on a cache: list[Survivors]
-
-
-@dataclass(frozen=True)
-class Survivors:
-    """The tokens that the layers from ``layer`` on see.
-
-    Attributes:
-        source: int64 [B, T'], the place in the prompt of each; -1 for padding, which comes first.
-        length: tokens of the prompt, with padding.
-        padded: whether there is any -1.
-    """
-
-    layer: int
-    source: Tensor
-    length: int
-    padded: bool
-
-    @classmethod
-    def of(cls, layer: int, rows: list[Tensor], length: int) -> Survivors:
-        """``rows``: the places of each prompt's, ascending."""
-        longest = max(map(len, rows))
-        source = torch.stack([pad(row, (longest - len(row), 0), value=-1) for row in rows])
-        return cls(layer, source, length, any(len(row) < longest for row in rows))
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[B or 1, T, D] -> [B, T', D]."""
-        index = self.source.clamp(min=0).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
-        return tensor.expand(len(index), -1, -1).gather(1, index)
-
-    def put_back(self, hidden: Tensor) -> Tensor:
-        """[B, T', C] -> [B, T, C]: at each place the last survivor up to it."""
-        rows, slots = (self.source >= 0).nonzero(as_tuple=True)
-        slot = self.source.new_zeros(len(hidden), self.length)
-        slot[rows, self.source[rows, slots]] = slots
-        return hidden.gather(1, slot.cummax(1).values.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-
-    def mask(self, given: Tensor | None, new: int) -> Tensor | None:
-        """bool [B, T' + new], False for padding, or None without, of the caller's [B, T + new]."""
-        if given is None and not self.padded:
-            return None
-        later = self.source.new_ones(len(self.source), new) if given is None else given[:, self.length :]
-        return torch.cat([self.source >= 0, later.bool()], dim=1)
 
 
 @dataclass
@@ -154,7 +112,7 @@ class DecoderStage:
         past_key_values: Any = None,
         **_others: Any,
     ) -> _Call | None:
-        known = getattr(past_key_values, _SURVIVORS, None)
+        known = survivors_on(past_key_values)
         prompts = self.running()
         if inputs_embeds is None or (known is None and prompts is None):
             return None
@@ -218,7 +176,7 @@ class DecoderStage:
                 layer_idx=index,
             )
             if prefill and past_key_values is not None:
-                past_key_values.__dict__[_SURVIVORS] = call.survivors
+                note_survivors(past_key_values, call.survivors)
         if prefill:
             position_embeddings = tuple(now.gather(part) for part in position_embeddings)
         return {"attention_mask": call.layer_mask, "position_embeddings": position_embeddings, "position_ids": None}

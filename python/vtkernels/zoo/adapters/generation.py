@@ -98,6 +98,11 @@ def generate_short(generate: Callable[..., Any], call: dict[str, Any], border: B
     return result
 
 
+def makes_cache(call: dict[str, Any], defaults: Any) -> bool:
+    """Whether the call fills a cache that it does not bring."""
+    return call.get("past_key_values") is None and _setting(call, defaults, "use_cache") is not False
+
+
 def _setting(call: dict[str, Any], defaults: Any, name: str) -> Any:
     """As ``generate`` resolves a setting: the keyword, else the config given, else the model's own config."""
     sources = (call.get(name), getattr(call.get("generation_config"), name, None), getattr(defaults, name, None))

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtkernels.attention import recording
 from vtkernels.zoo.adapters.attachment import Claim
-from vtkernels.zoo.adapters.base import Adapter, LastRun
+from vtkernels.zoo.adapters.base import Adapter, Encoding, LastRun
 from vtkernels.zoo.adapters.decoder import DecoderStage
 from vtkernels.zoo.adapters.reuse import install_reuser
 from vtkernels.zoo.adapters.transformers_vit import TransformersLayer, encoder_layers, tower_facts
@@ -27,7 +28,13 @@ from vtkernels.zoo.recipe import Encoder, Stage, videos_of
 
 class LlavaAdapter(Adapter):
     model_class: ClassVar[type] = LlavaForConditionalGeneration
-    serves: ClassVar[tuple[Stage, ...]] = ("vision_layers", "vision_encoder", "after_projector", "between_layers")
+    serves: ClassVar[tuple[Stage, ...]] = (
+        "vision_layers",
+        "vision_encoder",
+        "after_projector",
+        "between_layers",
+        "cache",
+    )
     reuses: ClassVar[bool] = True
 
     @property
@@ -98,6 +105,9 @@ class LlavaAdapter(Adapter):
             output = self._get_image_features(pixel_values=call["pixel_values"], return_dict=True)
         # Only this is used from here on; the hidden states of every layer would live as long as generation.
         return _image_output(self.encoding.per_image(output.pooler_output))
+
+    def visual_tokens(self, encoding: Encoding) -> Tensor:
+        return torch.cat(list(encoding.output.pooler_output))
 
     def _wrap_get_image_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
         self._get_image_features = original

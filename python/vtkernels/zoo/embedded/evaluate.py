@@ -1,11 +1,12 @@
-"""What each method's selection costs in answers and saves in time, on held-out questions: ``vtk eval``."""
+"""What each method costs in answers and saves in time and memory, on held-out questions: ``vtk eval``."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+import vtkernels.attention  # noqa: F401  (registers "vtk")
 from vtkernels import zoo
 from vtkernels.collect_env import collect
 from vtkernels.zoo.embedded import model as embedded
@@ -25,7 +27,7 @@ from vtkernels.zoo.embedded import questions, report, scenes, videos
 from vtkernels.zoo.embedded.questions import Question
 from vtkernels.zoo.embedded.report import BASELINES, Row
 from vtkernels.zoo.measure import Cost, measure, prefill_flops
-from vtkernels.zoo.recipe import BudgetError
+from vtkernels.zoo.recipe import BudgetError, Recipe
 
 TASKS = tuple(questions.TASKS)
 LONGEST = 64  # tokens of an answer
@@ -52,6 +54,7 @@ def main(
     folder: Path | None,
     methods: Sequence[str],
     keeps: Sequence[float],
+    formats: Sequence[str],
     video: bool,
     count: int,
     rounds: int,
@@ -66,8 +69,8 @@ def main(
     draft = embedded.load_draft(folder / "draft", device)
     batches = held_out(processor, count, video=video, seed=seed, device=device)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("evaluating", total=num_steps(batches, methods, keeps, rounds))
-        rows = evaluate(model, processor, batches, methods, keeps, rounds, lambda: progress.advance(task))
+        task = progress.add_task("evaluating", total=num_steps(batches, methods, keeps, rounds, formats))
+        rows = evaluate(model, processor, batches, methods, keeps, rounds, lambda: progress.advance(task), formats)
     total = sum(len(batch.questions) for batch in batches)
     facts = collect() | {"questions": total, "seed": seed, "video": video, "device": str(device)}
     console.print(report.accuracy_table(rows, f"accuracy on {total} held-out questions"))
@@ -80,7 +83,7 @@ def main(
     report.plot(out / "eval.png", rows)
     evaluated = {(row.method, row.keep) for row in rows}
     for name, keep in itertools.product(methods, keeps):
-        if (name, keep) not in evaluated:
+        if (name, keep) not in evaluated and (name, None) not in evaluated:
             console.print(f"{name} cannot keep as little as {keep:g} of the tokens of this encoder")
     console.print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}")
 
@@ -169,13 +172,15 @@ def evaluate(
     keeps: Sequence[float],
     rounds: int = 3,
     advance: Callable[[], Any] = int,
+    formats: Sequence[str] = (),
 ) -> list[Row]:
-    """The untouched model's row, then one of every method (the baselines always among them) at every budget.
+    """The untouched model's row, then one of every method that prunes or merges (the baselines always among them) at
+    every budget, one of every method of the cache, and one of every format of a packed cache.
 
     Budgets that a method cannot meet on this encoder have no row. ``advance`` is called :func:`num_steps` times, less
     often without those.
     """
-    variants = _variants(model, methods, keeps)
+    variants = _variants(model, methods, keeps, formats)
     costs = _costs(model, processor, batches, variants, rounds, advance)
     return [
         _row(model, processor, batches, variant, cost, costs[0], advance)
@@ -218,18 +223,47 @@ def _row(
     )
 
 
-def num_steps(batches: Sequence[Batch], methods: Sequence[str], keeps: Sequence[float], rounds: int) -> int:
+def num_steps(
+    batches: Sequence[Batch], methods: Sequence[str], keeps: Sequence[float], rounds: int, formats: Sequence[str] = ()
+) -> int:
     """How often :func:`evaluate` reports progress."""
-    return (1 + len(_with_baselines(methods)) * len(keeps)) * (len(batches) + rounds + 1)
+    pruned = len(_pruning(methods)) * len(keeps)
+    return (1 + pruned + len(_caches(methods, formats))) * (len(batches) + rounds + 1)
 
 
-def _with_baselines(methods: Sequence[str]) -> list[str]:
-    return [*(name for name in methods if name not in BASELINES), *BASELINES]
+def _pruning(methods: Sequence[str]) -> list[str]:
+    caches = _of_the_cache()
+    return [*(name for name in methods if name not in (*BASELINES, *caches)), *BASELINES]
 
 
-def _variants(model: Any, methods: Sequence[str], keeps: Sequence[float]) -> list[tuple[str, float | None, Any]]:
+def _caches(methods: Sequence[str], formats: Sequence[str]) -> list[tuple[str, Recipe]]:
+    """What a row is called, and its recipe."""
+    named = [(name, zoo.make_recipe(name)) for name in methods if name in _of_the_cache()]
+    return [*named, *((format, zoo.make_recipe("packed", format=format)) for format in formats)]
+
+
+def _of_the_cache() -> set[str]:
+    return {method.name for method in zoo.methods() if method.stages == ("cache",)}
+
+
+@contextlib.contextmanager
+def _cached(model: Any, recipe: Recipe) -> Iterator[zoo.Handle]:
+    """The recipe attached, and the attention that reads its cache in the language model."""
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": "vtk"})
+    try:
+        with zoo.apply(model, recipe) as handle:
+            yield handle
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+def _variants(
+    model: Any, methods: Sequence[str], keeps: Sequence[float], formats: Sequence[str]
+) -> list[tuple[str, float | None, Any]]:
     variants: list[tuple[str, float | None, Any]] = [("all tokens", None, contextlib.nullcontext)]
-    for name in _with_baselines(methods):
+    variants += [(name, None, functools.partial(_cached, model, recipe)) for name, recipe in _caches(methods, formats)]
+    for name in _pruning(methods):
         for keep in keeps:
             with contextlib.suppress(BudgetError):
                 zoo.apply(model, name, keep).remove()

@@ -17,8 +17,9 @@ BASELINES = ("random", "uniform")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``keep`` is None for the untouched model; ``tokens`` are the visual tokens of a prompt,
-    their mean over prompts; times are medians, in milliseconds.
+    """One line of the table. ``keep`` is None for the untouched model and methods of the cache, which see all of them;
+    ``tokens`` are the visual tokens of a prompt, their mean over prompts; ``kv_bytes`` is its cache after the prefill;
+    times are medians, in milliseconds.
 
     ``question_ms`` is the time of one question of each task, answered one at a time with as many tokens as the right
     answer has; ``speedup`` is that of the untouched model, in the same run, over this.
@@ -92,7 +93,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    full, pruned = rows[0], rows[1:]
+    full, pruned = rows[0], [row for row in rows if row.keep is not None]
     figure, axis = plt.subplots(figsize=(9, 5))
     axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
     axis.axhline(full.mean, color="black", linewidth=1, label=f"all {full.tokens} tokens")

@@ -1,0 +1,60 @@
+"""The cache of one generation: what a method knows of the prompts when it makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class CacheContext:
+    """B prompts of T tokens with padding, as the language model is about to see them: earlier stages have pruned.
+
+    Attributes:
+        config: of the language model.
+        visual: bool ``[B, T]``, the places of the visual tokens.
+        real: bool ``[B, T]``, what is not padding.
+        tokens: ``[n, C]``, the visual tokens prompt after prompt, in the order of their places.
+        questions: as in :class:`vtkernels.zoo.Context`, where the recipe ``reads_question``.
+        embed: the language model's embedding table: ids ``[*]`` -> ``[*, C]``.
+        survivors: cache, layer -> int64 ``[B', T']``, the places of the tokens that reach the layer, -1 for padding;
+            None where all do. Known when the layer runs.
+    """
+
+    config: Any
+    visual: Tensor
+    real: Tensor
+    tokens: Tensor
+    questions: Sequence[Tensor]
+    embed: Callable[[Tensor], Tensor]
+    survivors: Callable[[Any, int], Tensor | None]
+
+    def in_layer(self, marks: Tensor, cache: Any, layer: int, keys: Tensor) -> Tensor:
+        """Marks of prompt tokens, bool ``[B, T]``, as marks of the tokens that a layer's first call caches.
+
+        Beams repeat prompts, pruning between layers leaves some of their tokens, and speculated tokens, which are
+        not marked, may stand behind them.
+
+        Args:
+            keys: ``[B', Hk, T', D]``, those of that call.
+
+        Returns:
+            bool ``[B', T']``.
+
+        Raises:
+            ValueError: a prefill in chunks.
+        """
+        marks = marks.to(keys.device).repeat_interleave(len(keys) // len(marks), dim=0)
+        source = self.survivors(cache, layer)
+        if source is not None:
+            marks = marks.gather(1, source.clamp(min=0)) & (source >= 0)
+        if marks.shape[1] > keys.shape[2]:
+            raise ValueError(
+                f"vtkernels.zoo: expected a prompt's {marks.shape[1]} tokens in one call, got {keys.shape[2]}; methods "
+                "of the cache do not take a prefill in chunks"
+            )
+        return pad(marks, (0, keys.shape[2] - marks.shape[1]))
