@@ -146,14 +146,15 @@ def test_registry():
         *["tome", "pitome", "tinychart", "auroracap", "simvlg"],
         *["aim", "visiondrop", "vflowopt", "recoverable_compression", "sit"],
         *["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"],
-        *["packed", "random", "uniform"],
+        *["kivi", "vidkv", "zipvl", "lookm", "packed", "random", "uniform"],
     ]
     for method in listed.values():
         assert method.title and method.reference and method.status and method.stages
         assert set(method.stages) <= set(zoo.STAGES)
         assert type(zoo.make_recipe(method.name)).__doc__
     assert listed["fastervlm"].needs_cls and listed["vtc_cls"].needs_cls and not listed["hiprune"].needs_cls
-    assert [name for name, method in listed.items() if method.reads_question] == ["mmtok", "recoverable_compression"]
+    questions = [name for name, method in listed.items() if method.reads_question]
+    assert questions == ["mmtok", "recoverable_compression", "vidkv"]
     videos = [name for name, method in listed.items() if method.video]
     assert videos == ["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"]
     assert listed["mmtok"].options == {"alpha": 0.5, "tau_tv": 0.02, "tau_vv": 0.2, "tokenizer": None}

@@ -239,7 +239,7 @@ def _pruning(methods: Sequence[str]) -> list[str]:
 def _caches(methods: Sequence[str], formats: Sequence[str]) -> list[tuple[str, Recipe]]:
     """What a row is called, and its recipe."""
     named = [(name, zoo.make_recipe(name)) for name in methods if name in _of_the_cache()]
-    return [*named, *((f"packed {format}", zoo.make_recipe("packed", format=format)) for format in formats)]
+    return [*named, *((format, zoo.make_recipe("packed", format=format)) for format in formats)]
 
 
 def _of_the_cache() -> set[str]:

@@ -9,6 +9,8 @@ from vtkernels.zoo.methods.fastervlm import FasterVLM
 from vtkernels.zoo.methods.fopru import FoPru
 from vtkernels.zoo.methods.hiprune import HiPrune
 from vtkernels.zoo.methods.holitom import HoliTom
+from vtkernels.zoo.methods.kivi import KIVI
+from vtkernels.zoo.methods.lookm import LookM
 from vtkernels.zoo.methods.mmtok import MMTok
 from vtkernels.zoo.methods.packed import Packed
 from vtkernels.zoo.methods.pitome import PiToMe
@@ -20,8 +22,10 @@ from vtkernels.zoo.methods.tinychart import TinyChart
 from vtkernels.zoo.methods.todre import ToDRE
 from vtkernels.zoo.methods.tome import ToMe
 from vtkernels.zoo.methods.vflowopt import VFlowOpt
+from vtkernels.zoo.methods.vidkv import VidKV
 from vtkernels.zoo.methods.visiondrop import VisionDrop
 from vtkernels.zoo.methods.vtc_cls import VtcCls
+from vtkernels.zoo.methods.zipvl import ZipVL
 
 RECIPES = (
     FasterVLM,
@@ -45,6 +49,10 @@ RECIPES = (
     CenterCLIP,
     STCCacher,
     STCPruner,
+    KIVI,
+    VidKV,
+    ZipVL,
+    LookM,
     Packed,
     Random,
     Uniform,
