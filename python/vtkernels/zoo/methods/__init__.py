@@ -22,6 +22,7 @@ from vtkernels.zoo.methods.tinychart import TinyChart
 from vtkernels.zoo.methods.todre import ToDRE
 from vtkernels.zoo.methods.tome import ToMe
 from vtkernels.zoo.methods.vflowopt import VFlowOpt
+from vtkernels.zoo.methods.video_xl2 import VideoXL2
 from vtkernels.zoo.methods.vidkv import VidKV
 from vtkernels.zoo.methods.visiondrop import VisionDrop
 from vtkernels.zoo.methods.vtc_cls import VtcCls
@@ -53,6 +54,7 @@ RECIPES = (
     VidKV,
     ZipVL,
     LookM,
+    VideoXL2,
     Packed,
     Random,
     Uniform,
