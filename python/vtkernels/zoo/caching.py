@@ -65,3 +65,10 @@ def store_rows(layer: Any, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Non
         torch.stack([pad(row[side], (0, 0, longest - row[side].shape[1], 0)) for row in rows]) for side in (0, 1)
     )
     layer.evict(keys, values, torch.stack([pad(places, (longest - len(places), 0), value=-1) for _, _, places in rows]))
+
+
+def note_states(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a decoder layer: what enters it, ``[B, T, C]``, for the cache of the call."""
+    cache: Any = kwargs.get("past_key_values")
+    if hasattr(cache, "states"):
+        cache.states = args[0].detach()

@@ -5,6 +5,7 @@ from vtkernels.zoo.methods.auroracap import AuroraCap
 from vtkernels.zoo.methods.baselines import Random, Uniform
 from vtkernels.zoo.methods.bvllm import BVLLM
 from vtkernels.zoo.methods.centerclip import CenterCLIP
+from vtkernels.zoo.methods.dynamic_llava import DynamicLLaVA
 from vtkernels.zoo.methods.fastervlm import FasterVLM
 from vtkernels.zoo.methods.fopru import FoPru
 from vtkernels.zoo.methods.hiprune import HiPrune
@@ -55,6 +56,7 @@ RECIPES = (
     ZipVL,
     LookM,
     VideoXL2,
+    DynamicLLaVA,
     Packed,
     Random,
     Uniform,
