@@ -89,7 +89,8 @@ def test_opcheck(case, dtype, random):
 
 
 # They say so; the gradient never just ends there.
-WITHOUT_BACKWARD = {"rule_attention", "kv_pack", "kv_unpack", "kv_compact", "packed_attention"}
+WITHOUT_BACKWARD = {"rule_attention", "kv_pack", "kv_unpack", "kv_compact", "packed_attention", "sample_stats"}
+IN_PLACE = {"compact_accepted"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,6 +107,9 @@ def test_opcheck_with_gradient(case, random):
         outputs = [out for out in flatten(operator(case.overload)(*args, **options)) if out.requires_grad]
         with pytest.raises(NotImplementedError, match="there is no backward pass"):
             torch.stack([out.sum().float() for out in outputs]).sum().backward()
+    elif case.overload in IN_PLACE:
+        with pytest.raises(RuntimeError, match="without gradients"):
+            operator(case.overload)(*args, **options)
     else:
         torch.library.opcheck(operator(case.overload), args, options)
 
@@ -135,7 +139,10 @@ def flatten(out) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize("module", ["attention", "cluster", "kv", "merge", "merge_forms", "rule", "score", "select"])
+@pytest.mark.parametrize(
+    "module",
+    ["attention", "cluster", "drafting", "kv", "merge", "merge_forms", "rule", "score", "select", "speculative"],
+)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"vtkernels.ops.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -13,15 +13,6 @@
 namespace vtk {
 namespace {
 
-__device__ inline uint32_t pack_pair(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ inline uint32_t pack_pair(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 template <class T, int kDepth, int kKeys, int kOutDepth = kDepth>
 struct MmaTile {
   static constexpr int kRows = 2, kRowLanes = 4, kColumns = kKeys / 4, kChannels = kOutDepth / 4;
@@ -77,8 +68,8 @@ struct MmaTile {
     for (int step = 0; step < kKeys / 16; ++step) {
       const int j = 4 * step;
       const uint32_t a[4] = {
-          pack_pair(T(), scores[0][j], scores[0][j + 1]), pack_pair(T(), scores[1][j], scores[1][j + 1]),
-          pack_pair(T(), scores[0][j + 2], scores[0][j + 3]), pack_pair(T(), scores[1][j + 2], scores[1][j + 3])};
+          pack_pair<T>(scores[0][j], scores[0][j + 1]), pack_pair<T>(scores[1][j], scores[1][j + 1]),
+          pack_pair<T>(scores[0][j + 2], scores[0][j + 3]), pack_pair<T>(scores[1][j + 2], scores[1][j + 3])};
 #pragma unroll
       for (int pair = 0; pair < kOutDepth / 16; ++pair) {
         uint32_t b[4];

@@ -84,4 +84,12 @@ __device__ inline uint32_t trit_pair(uint32_t word) {
   return integer_pair<T, 2, kPlace, 1>(digits >> (8 - kPlace));
 }
 
+// The e4m3 numbers of bytes kPair and kPair + 2 of a word, as float16. Its exponent has 8 less of bias.
+template <int kPair>
+__device__ inline uint32_t fp8_pair(uint32_t word) {
+  const uint32_t high = kPair == 0 ? word << 8 : word;
+  const uint32_t number = ptx::lop3<(ptx::kA & ptx::kB) | ptx::kC>(high, kPairSigns, high >> 1 & 0x3f803f80u);
+  return ptx::fma_pair<__half>(number, pair_of<__half>(8), 0);
+}
+
 }  // namespace vtk

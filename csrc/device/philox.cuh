@@ -46,4 +46,7 @@ VTK_HOST_DEVICE inline float uniform_above_zero(uint32_t word) {
   return static_cast<float>(word) * 0x1p-32f + 0x1p-33f;  // the product is exact: the same with and without an fma
 }
 
+// (0, 1): (word + 1/2) 2^-32, exact in float64. For `u < p`: never true at p = 0, always at 1, as fine as the word is.
+VTK_HOST_DEVICE inline double uniform_open(uint32_t word) { return (static_cast<double>(word) + 0.5) * 0x1p-32; }
+
 }  // namespace vtk

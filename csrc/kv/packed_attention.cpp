@@ -205,10 +205,6 @@ std::tuple<Tensor, Tensor> packed_attention(
   set_block_table(p, block_table, query);
   set_key_bias(p, key_bias, query);
   set_nodes(p, causal, ancestors, query);
-#if defined(VTK_BACKEND_CUDA)
-  VTK_CHECK(kOp, !(protected_pages || key_bias || block_table || page_counts || residual_lengths || ancestors),
-            "protected, key_bias, block_table, page_counts, residual_lengths and ancestors are not served on CUDA");
-#endif
 
   Tensor out = empty({p.batch, p.heads, p.num_queries, p.head_dim}, query.scalar_type(), query);
   Tensor lse = empty({p.batch, p.heads, p.num_queries}, ScalarType::Float, query);

@@ -46,9 +46,9 @@ class PackedRows {
   explicit PackedRows(const PackedAttentionParams& params)
       : p(params), group_(p.heads / p.key_heads), rows_(p.num_queries * group_), stride_(padded(p.head_dim)) {
     const int32_t rows = round_up(rows_, kProductRows);
-    query_ = zeros(rows * stride_);
-    turned_ = zeros(rows * stride_);
-    logits_ = zeros(rows * kPageTokens);
+    query_ = zeros(int64_t{rows} * kFactorStride);
+    turned_ = zeros(int64_t{rows} * kFactorStride);
+    logits_ = zeros(kProductRows * kFactorStride);
     for (int side = 0; side < 2; ++side) {
       loose_page_[side] = kv_page(side == 0, KvScheme::kNone, p.head_dim, 128, true, 32);
       loose_[side] = zeros(kPageTokens * stride_ + kLanes);
@@ -65,9 +65,10 @@ class PackedRows {
     const Sources sources(p, b);
     for (int32_t source = begin; source < end; ++source) {
       if (source < sources.pages)
-        attend_page(0, b, h, source, source, out);
+        attend_page(0, b, h, source, source, source + 1 < std::min(end, sources.pages), out);
       else if (source < sources.with_protected)
-        attend_page(1, b, h, source - sources.pages, p.pages[0].count + source - sources.pages, out);
+        attend_page(1, b, h, source - sources.pages, p.pages[0].count + source - sources.pages,
+                    source + 1 < std::min(end, sources.with_protected), out);
       else
         attend_residual(b, h, (source - sources.with_protected) * kPageTokens, sources.residual, out);
     }
@@ -80,6 +81,11 @@ class PackedRows {
     return out;
   }
 
+  struct Bytes {
+    const uint8_t* at = nullptr;
+    int64_t count = 0;
+  };
+
   static bool is_mix(const PackedClass& pages) { return pages.page[0].sections == 2; }
 
   // Row r is query r / group of head h group + r % group.
@@ -88,7 +94,7 @@ class PackedRows {
     for (int32_t r = 0; r < rows_; ++r) {
       const PackedRow at = packed_row(r, group_);
       const T* from = reinterpret_cast<const T*>(p.query.at(b, h * group_ + at.head, at.query));
-      float* to = &query_[int64_t{r} * stride_];
+      float* to = &query_[int64_t{r} * kFactorStride];
       for (int32_t c = 0; c < p.head_dim; ++c) to[c] = to_float(from[c]) * scale;
     }
     if (p.order.data != nullptr) turn_queries(b, h);
@@ -101,11 +107,11 @@ class PackedRows {
     Scratch<float> columns = zeros(int64_t{p.head_dim} * rows);
     for (int32_t d = 0; d < p.head_dim; ++d) {
       const int32_t channel = p.order.channel(b, h, d);
-      for (int32_t r = 0; r < rows_; ++r) columns[d * rows + r] = query_[r * stride_ + channel];
+      for (int32_t r = 0; r < rows_; ++r) columns[d * rows + r] = query_[r * kFactorStride + channel];
     }
     hadamard(&columns[easy.first * rows], easy.depth, rows);
     for (int32_t d = 0; d < p.head_dim; ++d)
-      for (int32_t r = 0; r < rows_; ++r) turned_[r * stride_ + d] = columns[d * rows + r];
+      for (int32_t r = 0; r < rows_; ++r) turned_[r * kFactorStride + d] = columns[d * rows + r];
   }
 
   // The bias of `count` tokens from `first` on, or null where there is none. Tokens beyond are excluded.
@@ -120,26 +126,25 @@ class PackedRows {
     return &bias_;
   }
 
-  // `number` counts pages of both classes where the bias does.
-  void attend_page(int kind, int32_t b, int32_t h, int32_t n, int64_t number, const PartialRows& out) {
+  // `number` counts pages of both classes where the bias does; `more`: page n + 1 follows.
+  void attend_page(int kind, int32_t b, int32_t h, int32_t n, int64_t number, bool more, const PartialRows& out) {
     const PackedClass& pages = p.pages[kind];
     const int32_t place = packed_place(p, kind, b, n);
     if (place < 0) return;
     const TokenBias* bias = load_bias(b, number * kPageTokens, kPageTokens);
     if (bias != nullptr && bias->kept == 0) return;
-    const float* query = is_mix(pages) ? turned_.get() : query_.get();
-    multiply<T>(pages.page[0], pages.codes[0].at(b, h, place), pages.meta[0].at(b, h, place), query, stride_,
-                logits_.get(), kPageTokens);
-    softmax(out, bias, [](int32_t, float*) {});
-    const uint8_t* codes = pages.codes[1].at(b, h, place);
-    const uint16_t* meta = pages.meta[1].at(b, h, place);
+    const uint8_t* codes[2] = {pages.codes[0].at(b, h, place), pages.codes[1].at(b, h, place)};
+    const uint16_t* meta[2] = {pages.meta[0].at(b, h, place), pages.meta[1].at(b, h, place)};
     if (bias != nullptr && bias->kept < kPageTokens) {
       const auto keeps = [&](int32_t t) { return !bias->excludes(t); };
-      codes = kept_.codes(pages.page[1], codes, keeps);
-      meta = kept_.meta(pages.page[1], meta, keeps);
+      codes[1] = kept_.codes(pages.page[1], codes[1], keeps);
+      meta[1] = kept_.meta(pages.page[1], meta[1], keeps);
     }
-    multiply<T>(pages.page[1], codes, meta, logits_.get(), kPageTokens, out.values, stride_);
-    std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
+    const int32_t next_place = more ? packed_place(p, kind, b, n + 1) : -1;
+    Bytes next;
+    if (next_place >= 0) next = {pages.codes[0].at(b, h, next_place), pages.page[0].code_bytes};
+    attend_tokens<T>(pages.page, codes, meta, is_mix(pages) ? turned_.get() : query_.get(), bias, next, out,
+                     [](int32_t, float*) {});
   }
 
   // Residual tokens [first, first + 128) of the request's `length`.
@@ -149,16 +154,15 @@ class PackedRows {
     const TokenBias* bias = load_bias(b, before + first, count);
     if (bias != nullptr && bias->kept == 0) return;
     load_residual(b, h, first, count, bias);
-    const auto bytes = [&](int side) { return reinterpret_cast<const uint8_t*>(loose_[side].get()); };
-    multiply<float>(loose_page_[0], bytes(0), nullptr, query_.get(), stride_, logits_.get(), kPageTokens);
+    const uint8_t* codes[2];
+    const uint16_t* no_meta[2] = {};
+    for (int side = 0; side < 2; ++side) codes[side] = reinterpret_cast<const uint8_t*>(loose_[side].get());
     const int32_t seen_by_all = p.causal || p.ancestors != nullptr ? length - p.num_queries - first : count;
-    softmax(out, bias, [&](int32_t r, float* x) {
+    attend_tokens<float>(loose_page_, codes, no_meta, query_.get(), bias, {}, out, [&](int32_t r, float* x) {
       std::fill(x + count, x + kPageTokens, -kInfinity);
       for (int32_t t = std::max(seen_by_all, 0); t < count; ++t)
         if (!packed_sees(p, b, r / group_, first + t, length)) x[t] = -kInfinity;
     });
-    multiply<float>(loose_page_[1], bytes(1), nullptr, logits_.get(), kPageTokens, out.values, stride_);
-    std::fill_n(logits_.get(), int64_t{rows_} * kPageTokens, 0.0f);
   }
 
   // As pages of scheme none; excluded tokens, and those beyond `count`, are zeros.
@@ -178,28 +182,40 @@ class PackedRows {
         [&](int32_t c) { return &loose_[0][int64_t{c} * kPageTokens]; });
   }
 
-  template <class Element>
-  void multiply(const KvPage& page, const uint8_t* codes, const uint16_t* meta, const float* factor, int32_t stride,
-                float* out, int32_t out_stride) {
-    for (int32_t r = 0; r < rows_; r += kProductRows)
-      product_.add<Element>(page, codes, meta, factor + int64_t{r} * stride, stride, std::min(kProductRows, rows_ - r),
-                            out + int64_t{r} * out_stride, out_stride);
+  // The products of 128 tokens, a block of rows after the other, and the softmax between them. hide(r, x) takes from
+  // row r's logits what the row does not see. Meanwhile the keys of the page at `next` are fetched.
+  template <class Element, class Hide>
+  void attend_tokens(const KvPage (&page)[2], const uint8_t* (&codes)[2], const uint16_t* const (&meta)[2],
+                     const float* query, const TokenBias* bias, const Bytes& next, const PartialRows& out,
+                     const Hide& hide) {
+    product_.read_ahead(codes[1], page[1].code_bytes);
+    const uint8_t* keys = product_.open(page[0], codes[0]);
+    const uint8_t* values = nullptr;
+    for (int32_t first = 0; first < rows_; first += kProductRows) {
+      const int32_t rows = std::min(kProductRows, rows_ - first);
+      for (int32_t r = 0; r < rows; ++r) std::fill_n(&logits_[r * kFactorStride], kPageTokens, 0.0f);
+      product_.add<Element>(page[0], keys, meta[0], query + int64_t{first} * kFactorStride, rows, logits_.get(),
+                            kFactorStride);
+      for (int32_t r = 0; r < rows; ++r) softmax(out, first + r, &logits_[r * kFactorStride], bias, hide);
+      if (first == 0) {
+        values = product_.open(page[1], codes[1]);
+        product_.read_ahead(next.at, next.count);
+      }
+      product_.add<Element>(page[1], values, meta[1], logits_.get(), rows, out.values + int64_t{first} * stride_,
+                            stride_);
+    }
   }
 
-  // Logits to weights; what is in out.values is brought to the new maximum. hide(r, x) takes from row r's logits what
-  // the row does not see.
+  // Logits of row r to weights; what is in out.values is brought to the new maximum.
   template <class Hide>
-  void softmax(const PartialRows& out, const TokenBias* bias, const Hide& hide) {
-    for (int32_t r = 0; r < rows_; ++r) {
-      float* x = &logits_[int64_t{r} * kPageTokens];
-      if (bias != nullptr) add_bias(x, *bias);
-      hide(r, x);
-      float correct;
-      fold_logits(x, kPageTokens, out.most[r], out.sum[r], correct);
-      if (correct == 1.0f) continue;
-      float* values = out.values + int64_t{r} * stride_;
-      for (int32_t c = 0; c < stride_; c += kLanes) store(values + c, load(values + c) * correct);
-    }
+  void softmax(const PartialRows& out, int32_t r, float* x, const TokenBias* bias, const Hide& hide) {
+    if (bias != nullptr) add_bias(x, *bias);
+    hide(r, x);
+    float correct;
+    fold_logits(x, kPageTokens, out.most[r], out.sum[r], correct);
+    if (correct == 1.0f) return;
+    float* values = out.values + int64_t{r} * stride_;
+    for (int32_t c = 0; c < stride_; c += kLanes) store(values + c, load(values + c) * correct);
   }
 
   // A choice, not a sum: a logit of an excluded token may be NaN.
@@ -212,8 +228,8 @@ class PackedRows {
 
   const PackedAttentionParams& p;
   const int32_t group_, rows_, stride_;
-  Scratch<float> query_, turned_;      // [rows][stride], scaled; behind the transform of a mix
-  Scratch<float> logits_;              // [rows][128]; zeros between sources
+  Scratch<float> query_, turned_;      // [rows][kFactorStride], scaled; behind the transform of a mix
+  Scratch<float> logits_;              // [kProductRows][kFactorStride]
   Scratch<float> natural_, loose_[2];  // residual tokens as a page
   KvPage loose_page_[2];
   TokenBias bias_;

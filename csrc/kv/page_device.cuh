@@ -37,13 +37,14 @@ __device__ inline int32_t channel_of(const KvOrder& order, const PageIndex& at, 
   return channel >= 0 && channel < head_dim ? channel : 0;
 }
 
-// The transform of a mix over `count` rows of x.
+// The transform of a mix over `count` rows of x, by the kBlock threads of the block.
+template <int kBlock = kThreads>
 __device__ inline void hadamard(float* x, int32_t count, int32_t lanes, int32_t stride) {
   for (int32_t first = 0, block; first < count; first += block) {
     block = hadamard_block(count - first);
     float* rows = x + first * stride;
     for (int32_t step = 1; step < block; step *= 2) {
-      for (int32_t e = threadIdx.x; e < block / 2 * lanes; e += kThreads) {
+      for (int32_t e = threadIdx.x; e < block / 2 * lanes; e += kBlock) {
         const int32_t pair = e / lanes, l = e % lanes;
         float* low = rows + (pair / step * 2 * step + pair % step) * stride + l;
         const float a = *low, b = low[step * stride];
@@ -53,7 +54,7 @@ __device__ inline void hadamard(float* x, int32_t count, int32_t lanes, int32_t 
       __syncthreads();
     }
     const float norm = hadamard_norm(block);
-    for (int32_t e = threadIdx.x; e < block * lanes; e += kThreads) rows[e / lanes * stride + e % lanes] *= norm;
+    for (int32_t e = threadIdx.x; e < block * lanes; e += kBlock) rows[e / lanes * stride + e % lanes] *= norm;
     __syncthreads();
   }
 }

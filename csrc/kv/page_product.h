@@ -18,6 +18,10 @@ namespace VTK_ISA {
 namespace {
 
 constexpr int kProductRows = 4;  // 8 accumulators of 2 vectors, what they multiply, and the table fit 16 registers
+constexpr int32_t kMostDepth = 256;
+// Rows of factors. A constant: with any other stride every factor of an unrolled word takes an address of its own, and
+// the addresses do not fit the registers. 32 more than the depth: the last word's codes beyond it.
+constexpr int32_t kFactorStride = kMostDepth + 32;
 
 // Four numbers, again and again.
 inline f32v table_of(float a, float b, float c, float d) {
@@ -40,47 +44,67 @@ inline f32v pick(f32v table, u32v bits) {
 #endif
 }
 
-// One decoder a kind of code: words of kPlanes rows give kCodes digits, digit(i) from what open() made of the words.
+typedef int8_t i8v __attribute__((vector_size(kLanes)));
+
+// One decoder a kind of code. A row of a page is kPlanes runs of lanes of kLaneBytes bytes and holds kCodes digits a
+// lane: digit(i) from what open() made of it, the runs being `run` bytes apart.
 template <int kBits>
 struct TableCodes {
-  static constexpr int kCodes = 32 / kBits, kPlanes = 1;
+  static constexpr int kCodes = 32 / kBits, kPlanes = 1, kLaneBytes = 4;
   f32v table;
-  struct Words {
+  struct Opened {
     u32v w;
   };
-  static Words open(const u32v* words) { return {words[0]}; }
+  static Opened open(const char* at, int64_t) { return {load_words(at)}; }
   template <int i>
-  f32v digit(const Words& words) const {
-    return pick(table, words.w >> (kBits * (i / 2) + 16 * (i % 2)));
+  f32v digit(const Opened& codes) const {
+    return pick(table, codes.w >> (kBits * (i / 2) + 16 * (i % 2)));
   }
 };
 
 // The two planes of 32 codes, merged to 2-bit codes: those at even places and those at odd places.
 struct PlaneCodes {
-  static constexpr int kCodes = 32, kPlanes = 2;
+  static constexpr int kCodes = 32, kPlanes = 2, kLaneBytes = 4;
   f32v table = table_of(0, 1, 0, -1);  // bit 0: nonzero, bit 1: negative
-  struct Words {
+  struct Opened {
     u32v even, odd;
   };
-  static Words open(const u32v* words) {
+  static Opened open(const char* at, int64_t run) {
     constexpr uint32_t kEven = 0x55555555u;
-    return {(words[0] & kEven) | (words[1] & kEven) << 1, (words[0] >> 1 & kEven) | (words[1] & ~kEven)};
+    const u32v nonzero = load_words(at), negative = load_words(at + run);
+    return {(nonzero & kEven) | (negative & kEven) << 1, (nonzero >> 1 & kEven) | (negative & ~kEven)};
   }
   template <int i>
-  f32v digit(const Words& words) const {
+  f32v digit(const Opened& codes) const {
     constexpr int kPlace = i / 2 + 16 * (i % 2);
-    return pick(table, (kPlace % 2 == 0 ? words.even : words.odd) >> (kPlace / 2 * 2));
+    return pick(table, (kPlace % 2 == 0 ? codes.even : codes.odd) >> (kPlace / 2 * 2));
+  }
+};
+
+// Digits of a byte each, as five trits a byte are rewritten.
+struct ByteCodes {
+  static constexpr int kCodes = 8, kPlanes = 8, kLaneBytes = 1;
+  struct Opened {
+    const char* at;
+    int64_t run;
+  };
+  static Opened open(const char* at, int64_t run) { return {at, run}; }
+  template <int i>
+  f32v digit(const Opened& codes) const {
+    i8v digits;
+    std::memcpy(&digits, codes.at + i * codes.run, sizeof digits);
+    return __builtin_convertvector(__builtin_convertvector(digits, i32v), f32v);
   }
 };
 
 template <KvScheme kScheme>
 struct WideCodes {  // int4, fp8
-  static constexpr int kBits = code_bits(kScheme), kCodes = 32 / kBits, kPlanes = 1;
-  using Words = TableCodes<2>::Words;
-  static Words open(const u32v* words) { return {words[0]}; }
+  static constexpr int kBits = code_bits(kScheme), kCodes = 32 / kBits, kPlanes = 1, kLaneBytes = 4;
+  using Opened = TableCodes<2>::Opened;
+  static Opened open(const char* at, int64_t) { return {load_words(at)}; }
   template <int i>
-  f32v digit(const Words& words) const {
-    const u32v code = words.w >> (kBits * (i / 2) + 16 * (i % 2)) & ((1u << kBits) - 1);
+  f32v digit(const Opened& codes) const {
+    const u32v code = codes.w >> (kBits * (i / 2) + 16 * (i % 2)) & ((1u << kBits) - 1);
     if constexpr (kScheme == KvScheme::kInt4)
       return __builtin_convertvector((i32v)code, f32v);
     else
@@ -90,15 +114,15 @@ struct WideCodes {  // int4, fp8
 
 template <class T>
 struct RawCodes {
-  static constexpr int kCodes = 4 / static_cast<int>(sizeof(T)), kPlanes = 1;
-  using Words = TableCodes<2>::Words;
-  static Words open(const u32v* words) { return {words[0]}; }
+  static constexpr int kCodes = 4 / static_cast<int>(sizeof(T)), kPlanes = 1, kLaneBytes = 4;
+  using Opened = TableCodes<2>::Opened;
+  static Opened open(const char* at, int64_t) { return {load_words(at)}; }
   template <int i>
-  f32v digit(const Words& words) const {
-    if constexpr (sizeof(T) == 4) return (f32v)words.w;
-    if constexpr (std::is_same_v<T, bf16>) return (f32v)(i == 0 ? words.w << 16 : words.w & 0xffff0000u);
+  f32v digit(const Opened& codes) const {
+    if constexpr (sizeof(T) == 4) return (f32v)codes.w;
+    if constexpr (std::is_same_v<T, bf16>) return (f32v)(i == 0 ? codes.w << 16 : codes.w & 0xffff0000u);
     if constexpr (std::is_same_v<T, f16>) {
-      const u16v half = __builtin_convertvector(words.w >> (16 * i), u16v);
+      const u16v half = __builtin_convertvector(codes.w >> (16 * i), u16v);
       f16 lanes[kLanes];
       std::memcpy(lanes, &half, sizeof lanes);
       return load(lanes);
@@ -110,14 +134,14 @@ constexpr int kVectors = 2;  // of lanes in a register tile
 constexpr int32_t kTileLanes = kVectors * kLanes;
 
 template <int kRows, class Decoder, int... i>
-inline void multiply_word(const Decoder& decoder, const typename Decoder::Words (&words)[kVectors], const float* factor,
-                          int32_t stride, f32v (&sum)[kRows][kVectors], std::integer_sequence<int, i...>) {
+inline void multiply_row(const Decoder& decoder, const typename Decoder::Opened (&opened)[kVectors],
+                         const float* factor, f32v (&sum)[kRows][kVectors], std::integer_sequence<int, i...>) {
   const auto step = [&](auto index) __attribute__((always_inline)) {
     constexpr int kIndex = decltype(index)::value;
-    const f32v first = decoder.template digit<kIndex>(words[0]), second = decoder.template digit<kIndex>(words[1]);
+    const f32v first = decoder.template digit<kIndex>(opened[0]), second = decoder.template digit<kIndex>(opened[1]);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const f32v f = splat(factor[r * stride + kIndex]);
+      const f32v f = splat(factor[r * kFactorStride + kIndex]);
       sum[r][0] += f * first;
       sum[r][1] += f * second;
     }
@@ -125,43 +149,59 @@ inline void multiply_word(const Decoder& decoder, const typename Decoder::Words 
   (step(std::integral_constant<int, i>()), ...);
 }
 
-// sum[r][v] = the dot products of `rows` rows of words with factor[r * stride + depth], in the first `count` lanes at
-// `words`. Not inlined: one copy for each decoder, and the call is nothing beside its loop.
-template <int kRows, class Decoder>
-__attribute__((noinline)) void multiply_words(const Decoder& decoder, const char* words, int32_t lanes, int32_t rows,
-                                              int32_t count, const float* factor, int32_t stride,
-                                              f32v (&sum)[kRows][kVectors]) {
-  f32v local[kRows][kVectors] = {};
-  for (int32_t row = 0; row < rows; ++row) {
-    typename Decoder::Words opened[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      u32v planes[Decoder::kPlanes];
-      for (int plane = 0; plane < Decoder::kPlanes; ++plane) {
-        const char* at = words + ((int64_t{row} * Decoder::kPlanes + plane) * lanes + v * kLanes) * 4;
-        planes[plane] = count >= kTileLanes ? load_words(at) : load_words(at, std::max(count - v * kLanes, 0));
-      }
-      opened[v] = Decoder::open(planes);
-    }
-    multiply_word<kRows>(decoder, opened, factor + row * Decoder::kCodes, stride, local,
-                         std::make_integer_sequence<int, Decoder::kCodes>());
+// Bytes that will be read soon. A tile takes one line of each run of words, a stride that processors do not prefetch.
+struct BytesAhead {
+  const char *at = nullptr, *end = nullptr;
+
+  void fetch() {
+    for (int line = 0; line < 2 && at < end; ++line, at += 64) __builtin_prefetch(at, 0, 2);
   }
+};
+
+// sum[r][v] = the dot products of `rows` rows of the page at `codes`, kTileLanes lanes of runs of `run` bytes, with
+// factor[r * kFactorStride + depth]. Not inlined: one copy for each decoder, and the call is nothing beside its loop.
+template <int kRows, class Decoder>
+__attribute__((noinline)) void multiply_tile(const Decoder& decoder, const char* codes, int64_t run, int32_t rows,
+                                             const float* factor, BytesAhead& ahead, f32v (&sum)[kRows][kVectors]) {
+  const Decoder local_decoder = decoder;
+  f32v local[kRows][kVectors] = {};
+  BytesAhead local_ahead = ahead;
+  for (int32_t row = 0; row < rows; ++row) {
+    local_ahead.fetch();
+    typename Decoder::Opened opened[kVectors];
+    for (int v = 0; v < kVectors; ++v) opened[v] = Decoder::open(codes + v * kLanes * Decoder::kLaneBytes, run);
+    multiply_row<kRows>(local_decoder, opened, factor, local, std::make_integer_sequence<int, Decoder::kCodes>());
+    codes += Decoder::kPlanes * run;
+    factor += Decoder::kCodes;
+  }
+  ahead = local_ahead;
   std::memcpy(sum, local, sizeof local);
 }
 
-typedef uint8_t u8v __attribute__((vector_size(kLanes)));
-typedef uint8_t u8x16 __attribute__((vector_size(kPageAlign)));
-typedef uint16_t u16x16 __attribute__((vector_size(2 * kPageAlign)));
+typedef uint8_t u8v32 __attribute__((vector_size(32)));
+typedef int8_t i8v32 __attribute__((vector_size(32)));
 
 class PageProduct {
  public:
-  PageProduct() : scaled_(scratch<float>(kProductRows * (kMostDepth + kSlack))), words_(nullptr) {}
+  PageProduct() : scaled_(scratch<float>(kProductRows * kFactorStride)) {}
 
-  // factor [rows][stride] and out [rows][out_stride] have rows for the next of 1, 2 and 4; T is the type of scheme
-  // none.
+  // What the products from now on fetch on their way.
+  void read_ahead(const uint8_t* codes, int64_t bytes) {
+    ahead_.at = reinterpret_cast<const char*>(codes);
+    ahead_.end = ahead_.at + bytes;
+  }
+
+  // The codes of a page as the products read them, until the next page of this side is opened.
+  const uint8_t* open(const KvPage& page, const uint8_t* codes) {
+    return page.section[0].scheme == KvScheme::kTernary5 ? digits_of_trits(page, codes) : codes;
+  }
+
+  // factor [rows][kFactorStride] and out [rows][out_stride] have rows for the next of 1, 2 and 4; T is the type of
+  // scheme none, codes come from open().
   template <class T>
-  void add(const KvPage& page, const uint8_t* codes, const uint16_t* meta, const float* factor, int32_t stride,
-           int32_t rows, float* out, int32_t out_stride) {
-    const Call call = {page, factor, stride, out, out_stride};
+  void add(const KvPage& page, const uint8_t* codes, const uint16_t* meta, const float* factor, int32_t rows,
+           float* out, int32_t out_stride) {
+    const Call call = {page, factor, out, out_stride};
     if (rows == 1)
       add<T, 1>(call, codes, meta);
     else if (rows == 2)
@@ -171,13 +211,9 @@ class PageProduct {
   }
 
  private:
-  static constexpr int32_t kMostDepth = 256;
-  static constexpr int32_t kSlack = 32;  // the last word's codes beyond the depth
-
   struct Call {
     const KvPage& page;
     const float* factor;
-    int32_t stride;
     float* out;
     int32_t out_stride;
   };
@@ -194,39 +230,35 @@ class PageProduct {
         case KvScheme::kInt4: add_section<kRows>(WideCodes<KvScheme::kInt4>{}, call, s, words, scales); break;
         case KvScheme::kInt2: add_section<kRows>(TableCodes<2>{table_of(0, 1, 2, 3)}, call, s, words, scales); break;
         case KvScheme::kTernary: add_section<kRows>(PlaneCodes{}, call, s, words, scales); break;
-        case KvScheme::kTernary5:
-          add_section<kRows>(TableCodes<2>{table_of(-1, 0, 1, 0)}, call, s, words_of_trits(call.page, s, words),
-                             scales);
-          break;
+        case KvScheme::kTernary5: add_section<kRows>(ByteCodes{}, call, s, words, scales); break;
         default: add_section<kRows>(TableCodes<1>{table_of(1, -1, 1, -1)}, call, s, words, scales);
       }
     }
   }
 
   template <int kRows, class Decoder>
-  void add_section(const Decoder& decoder, const Call& call, const KvSection& s, const char* words, const f16* scales) {
+  void add_section(const Decoder& decoder, const Call& call, const KvSection& s, const char* codes, const f16* scales) {
     const KvPage& page = call.page;
     const int32_t groups = meta_groups(page, s), width = meta_width(page, s);
     const f16* zeros = meta_planes(s.scheme) == 2 ? scales + groups * width : nullptr;
     for (int32_t g = 0; g < groups; ++g) {
       const f16 *scale = scales + g * width, *zero = zeros == nullptr ? nullptr : zeros + g * width;
       if (page.per_lane)
-        add_depth_group<kRows>(decoder, call, s, g, words, scale, zero);
+        add_depth_group<kRows>(decoder, call, s, g, codes, scale, zero);
       else
-        add_lane_group<kRows>(decoder, call, s, g, words, scale, zero);
+        add_lane_group<kRows>(decoder, call, s, g, codes, scale, zero);
     }
   }
 
   // Scales of the depth: into the factors of this group of lanes.
   template <int kRows, class Decoder>
-  void add_lane_group(const Decoder& decoder, const Call& call, const KvSection& s, int32_t g, const char* words,
+  void add_lane_group(const Decoder& decoder, const Call& call, const KvSection& s, int32_t g, const char* codes,
                       const f16* scale, const f16* zero) {
-    constexpr int32_t kStride = kMostDepth + kSlack;
-    const int32_t lanes = call.page.lanes, rows = ceil_div(s.depth, Decoder::kCodes);
+    const int32_t rows = ceil_div(s.depth, Decoder::kCodes);
     float bias[kRows] = {};
     for (int r = 0; r < kRows; ++r) {
-      const float* factor = call.factor + r * call.stride + s.first;
-      float* to = &scaled_[r * kStride];
+      const float* factor = call.factor + r * kFactorStride + s.first;
+      float* to = &scaled_[r * kFactorStride];
       f32v sum = {};
       for (int32_t d = 0; d < s.depth; d += kLanes) {
         const int32_t count = std::min(kLanes, s.depth - d);
@@ -237,29 +269,26 @@ class PageProduct {
       bias[r] = vtk::VTK_ISA::sum(sum);
       std::fill(to + s.depth, to + rows * Decoder::kCodes, 0.0f);
     }
-    for (int32_t l = g * call.page.group; l < (g + 1) * call.page.group; l += kTileLanes) {
-      f32v sum[kRows][kVectors];
-      multiply_words<kRows>(decoder, words + l * 4, lanes, rows, kTileLanes, scaled_.get(), kStride, sum);
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) {
-          float* to = call.out + r * call.out_stride + l + v * kLanes;
-          store(to, load(to) + (sum[r][v] + bias[r]));
-        }
-    }
+    const auto finish = [&](int32_t l, int r, f32v sum) {
+      float* to = call.out + r * call.out_stride + l;
+      store(to, load(to) + (sum + bias[r]));
+    };
+    const int32_t first = g * call.page.group;
+    multiply_lanes<kRows>(decoder, codes, call.page, rows, {first, first + call.page.group}, scaled_.get(), finish);
   }
 
   // Scales of the lanes: onto the sums over this group of depth.
   template <int kRows, class Decoder>
-  void add_depth_group(const Decoder& decoder, const Call& call, const KvSection& s, int32_t g, const char* words,
+  void add_depth_group(const Decoder& decoder, const Call& call, const KvSection& s, int32_t g, const char* codes,
                        const f16* scale, const f16* zero) {
     const int32_t lanes = call.page.lanes, rows = call.page.group / Decoder::kCodes, first = g * call.page.group;
     const float* factor = call.factor + s.first + first;
-    words += int64_t{g} * rows * Decoder::kPlanes * lanes * 4;
+    codes += int64_t{g} * rows * row_bytes<Decoder>(lanes);
     float total[kRows] = {};
     if (zero != nullptr)
       for (int r = 0; r < kRows; ++r) {
         f32v sum = {};
-        for (int32_t d = 0; d < call.page.group; d += kLanes) sum += load(factor + r * call.stride + d);
+        for (int32_t d = 0; d < call.page.group; d += kLanes) sum += load(factor + r * kFactorStride + d);
         total[r] = vtk::VTK_ISA::sum(sum);
       }
     const auto finish = [&](int32_t l, int r, f32v sum) {
@@ -269,65 +298,81 @@ class PageProduct {
       if (zero != nullptr) x += total[r] * (count == kLanes ? load(zero + l) : load_partial(zero + l, count));
       store(to, load(to) + x);
     };
-    multiply_lanes<kRows>(decoder, words, lanes, rows, factor, call.stride, finish);
+    multiply_lanes<kRows>(decoder, codes, call.page, rows, {0, lanes}, factor, finish);
   }
 
   template <class T, int kRows>
-  void add_none(const Call& call, const KvSection& s, const char* words) {
+  void add_none(const Call& call, const KvSection& s, const char* codes) {
     const auto finish = [&](int32_t l, int r, f32v sum) {
       float* to = call.out + r * call.out_stride + l;
       store(to, load(to) + sum);
     };
     using Decoder = RawCodes<T>;
-    multiply_lanes<kRows>(Decoder{}, words, call.page.lanes, s.depth / Decoder::kCodes, call.factor, call.stride,
+    multiply_lanes<kRows>(Decoder{}, codes, call.page, s.depth / Decoder::kCodes, {0, call.page.lanes}, call.factor,
                           finish);
   }
 
+  template <class Decoder>
+  static int64_t row_bytes(int32_t lanes) {
+    return int64_t{Decoder::kPlanes} * lanes * Decoder::kLaneBytes;
+  }
+
+  // finish(lane, r, sum) for every row and vector of the lanes.
   template <int kRows, class Decoder, class Finish>
-  static void multiply_lanes(const Decoder& decoder, const char* words, int32_t lanes, int32_t rows,
-                             const float* factor, int32_t stride, const Finish& finish) {
-    for (int32_t l = 0; l < lanes; l += kTileLanes) {
+  void multiply_lanes(const Decoder& decoder, const char* codes, const KvPage& page, int32_t rows, Range lanes,
+                      const float* factor, const Finish& finish) {
+    const int64_t run = int64_t{page.lanes} * Decoder::kLaneBytes;
+    for (int32_t l = lanes.begin; l < lanes.end; l += kTileLanes) {
       f32v sum[kRows][kVectors];
-      multiply_words<kRows>(decoder, words + l * 4, lanes, rows, lanes - l, factor, stride, sum);
+      const char* tile = codes + l * Decoder::kLaneBytes;
+      if (l + kTileLanes <= lanes.end)
+        multiply_tile<kRows>(decoder, tile, run, rows, factor, ahead_, sum);
+      else
+        multiply_tile<kRows>(decoder, widened<Decoder>(tile, run, rows, lanes.end - l),
+                             kTileLanes * Decoder::kLaneBytes, rows, factor, ahead_, sum);
       for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors && l + v * kLanes < lanes; ++v) finish(l + v * kLanes, r, sum[r][v]);
+        for (int v = 0; v < kVectors && l + v * kLanes < lanes.end; ++v) finish(l + v * kLanes, r, sum[r][v]);
     }
   }
 
-  // Five trits a byte, rewritten as words of 2-bit codes.
-  const char* words_of_trits(const KvPage& page, const KvSection& s, const char* from) {
-    const int32_t bytes = trit_bytes(s, page.lanes), rows = ceil_div(s.depth, 16);
-    if (words_ == nullptr) {
-      words_ = scratch<uint32_t>(int64_t{kMostDepth} / 16 * kMostDepth);
-      trits_ = scratch<uint8_t>(int64_t{kMostDepth} * kMostDepth);
-    }
-    for (int32_t j = 0; j < bytes; j += kPageAlign) {  // 16 at once, as trit_of in device/bits.cuh does one
-      u8x16 byte;
-      std::memcpy(&byte, from + j, sizeof byte);
-      u16x16 fraction = __builtin_convertvector(byte, u16x16);
-      for (int i = 0; i < kTritsPerByte; ++i) {
-        fraction *= 3;
-        const u8x16 trit = __builtin_convertvector(fraction >> 8, u8x16);
-        std::memcpy(&trits_[int64_t{i} * bytes + j], &trit, sizeof trit);
-        fraction &= 255;
-      }
-    }
-    for (int32_t row = 0; row < rows; ++row)
-      for (int32_t l = 0; l < page.lanes; l += kLanes) {
-        u32v word = {};
-        for (int32_t i = 0; i < std::min(16, s.depth - row * 16); ++i) {
-          u8v trit;
-          std::memcpy(&trit, &trits_[(int64_t{row} * 16 + i) * page.lanes + l], sizeof trit);
-          word |= __builtin_convertvector(trit, u32v) << code_place(2, i);
-        }
-        store_words(&words_[int64_t{row} * page.lanes + l], word, page.lanes - l);
-      }
-    return reinterpret_cast<const char*>(words_.get());
+  // The last `count` lanes, as a tile of its own.
+  template <class Decoder>
+  const char* widened(const char* tile, int64_t run, int32_t rows, int32_t count) {
+    constexpr int64_t kBytes = kTileLanes * Decoder::kLaneBytes;
+    const int32_t runs = rows * Decoder::kPlanes;
+    if (widened_ == nullptr) widened_ = scratch<char>(int64_t{kMostDepth} * kTileLanes * 4);
+    std::memset(widened_.get(), 0, runs * kBytes);
+    for (int32_t i = 0; i < runs; ++i) std::memcpy(&widened_[i * kBytes], tile + i * run, count * Decoder::kLaneBytes);
+    return widened_.get();
   }
 
-  Scratch<float> scaled_;    // factors times scales
-  Scratch<uint32_t> words_;  // a page of trits
-  Scratch<uint8_t> trits_;
+  // Five trits a byte as a digit -1, 0 or 1 a byte, [depth][lane]. A byte is a fraction, and each digit what is carried
+  // out of its product with 3 (trit_of in device/bits.cuh): out of b + b where b has the highest bit, and out of
+  // (b + b) + b where that sum saturates.
+  const uint8_t* digits_of_trits(const KvPage& page, const uint8_t* from) {
+    const int32_t bytes = trit_bytes(page.section[0], page.lanes);
+    Scratch<uint8_t>& digits = digits_[page.is_key ? 0 : 1];
+    if (digits == nullptr) digits = scratch<uint8_t>(kTritsPerByte * int64_t{round_up(bytes, 32)});
+    for (int32_t j = 0; j < bytes; j += 32) {
+      const int32_t count = std::min(32, bytes - j);
+      u8v32 fraction = {};
+      std::memcpy(&fraction, from + j, count);
+      for (int k = 0; k < kTritsPerByte; ++k) {
+        const i8v32 twice_carries = (i8v32)fraction < 0;
+        const u8v32 twice = fraction + fraction, thrice = twice + fraction;
+        const i8v32 no_carry = thrice >= twice;
+        const i8v32 digit = no_carry - twice_carries;
+        std::memcpy(&digits[int64_t{k} * bytes + j], &digit, count);
+        fraction = thrice;
+      }
+    }
+    return digits.get();
+  }
+
+  BytesAhead ahead_;
+  Scratch<float> scaled_;       // factors times scales
+  Scratch<char> widened_;       // the last lanes
+  Scratch<uint8_t> digits_[2];  // of trits: keys, values
 };
 
 }  // namespace

@@ -32,6 +32,7 @@ class PackedKVLayer(DynamicLayer):
         after_prompt: called with what the first call attended with, before its tokens are packed.
         stores: called with the values ``[B, Hk, 1, D]`` of a later call of one token, which attends to itself in any
             case: bool ``[B]``, for which batch items it is stored; None: for all.
+        pages_of: makes a layer's first pages: pages of another kind pack and unpack in their own way.
     """
 
     keys: Any  # None before the first update
@@ -46,6 +47,7 @@ class PackedKVLayer(DynamicLayer):
         unpack: bool = False,
         after_prompt: Callable[[Pass], None] | None = None,
         stores: Callable[[Tensor], Tensor | None] | None = None,
+        pages_of: Callable[..., Pages] = Pages.of,
     ):
         super().__init__()
         self.format = format
@@ -54,6 +56,7 @@ class PackedKVLayer(DynamicLayer):
         self.unpack = unpack
         self.after_prompt = after_prompt
         self.stores = stores
+        self.pages_of = pages_of
         self.stored: Stored | None = None
         self.record_past = False  # the name by which transformers switches it off
 
@@ -69,7 +72,14 @@ class PackedKVLayer(DynamicLayer):
         """
         first = self.stored is None
         if self.stored is None:
-            appended = Stored(key_states, value_states, key_states.shape[2], self.format, self.protected_format)
+            appended = Stored(
+                key_states,
+                value_states,
+                key_states.shape[2],
+                self.format,
+                self.protected_format,
+                pages_of=self.pages_of,
+            )
         else:
             appended = self.stored.append(key_states, value_states)
         waits = self.record_past or (first and self.after_prompt is not None)
@@ -231,6 +241,7 @@ class PackedKVCache(Cache):
             :meth:`PackedKVLayer.evict`. Needs ``"vtk"`` or ``"vtk_sparse"`` in that call too.
         stores: called with the cache, a layer's index and the values of a later call of one token: bool ``[B]``, which
             batch items store it; None: all. The sequence grows in any case. Needs ``"vtk"``.
+        pages_of: makes a layer's first pages, as :meth:`vtkernels.kv.pages.Pages.of`; other kinds need ``unpack``.
         unpack: hands attention the unpacked keys and values of the whole cache at every step: slow and large, for
             other implementations than ``"vtk"``.
         offloading: keeps layers on the CPU while others work, as transformers' caches do; needs CUDA.
@@ -261,6 +272,7 @@ class PackedKVCache(Cache):
         window: int = 0,
         after_prompt: Callable[[PackedKVCache, int, Pass], None] | None = None,
         stores: Callable[[PackedKVCache, int, Tensor], Tensor | None] | None = None,
+        pages_of: Callable[..., Pages] = Pages.of,
         unpack: bool = False,
         offloading: bool = False,
     ):
@@ -279,7 +291,7 @@ class PackedKVCache(Cache):
                 raise ValueError(
                     f"PackedKVCache: expected protected pages with group and axes of {ordinary}, got {special}"
                 )
-            options: dict[str, Any] = {"protected": special, "window": window, "unpack": unpack}
+            options: dict[str, Any] = {"protected": special, "window": window, "unpack": unpack, "pages_of": pages_of}
             for name, called in (("after_prompt", after_prompt), ("stores", stores)):
                 options[name] = None if called is None else functools.partial(called, self, index)
             layers.append(PackedKVLayer(ordinary, **options))

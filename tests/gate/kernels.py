@@ -30,7 +30,7 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/kv/kv_compact.cu": {"kv_compact_kernel": HOT},
     "csrc/kv/kv_pack.cu": {"kv_pack_kernel": HOT},
     "csrc/kv/kv_unpack.cu": {"kv_unpack_kernel": HOT},
-    "csrc/kv/packed_attention.cu": {"packed_part_kernel": HOT, "packed_merge_kernel": HOT},
+    "csrc/kv/packed_attention.cu": {"packed_mma_kernel": HOT, "packed_float_kernel": HOT, "packed_merge_kernel": HOT},
     "csrc/merge/bipartite_match.cu": {"bipartite_match_kernel": HOT},
     "csrc/merge/cluster_dpc_knn.cu": {
         "prepare_kernel": HOT,
@@ -59,4 +59,6 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/select/prune_gather.cu": {"prune_gather_kernel": HOT},
     "csrc/select/select_cover.cu": {"select_cover_kernel": HOT},
     "csrc/select/select_diverse.cu": {"select_diverse_kernel": HOT},
+    "csrc/speculative/compact_accepted.cu": {"compact_accepted_kernel": HOT},
+    "csrc/speculative/sample_stats.cu": {"sample_stats_kernel": HOT},
 }

@@ -146,7 +146,7 @@ def test_registry():
         *["tome", "pitome", "tinychart", "auroracap", "simvlg"],
         *["aim", "visiondrop", "vflowopt", "recoverable_compression", "sit"],
         *["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"],
-        *["kivi", "vidkv", "zipvl", "lookm", "video_xl2", "dynamic_llava", "packed", "random", "uniform"],
+        *["kivi", "vidkv", "zipvl", "kvquant", "lookm", "video_xl2", "dynamic_llava", "packed", "random", "uniform"],
     ]
     for method in listed.values():
         assert method.title and method.reference and method.status and method.stages

@@ -6,6 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.reference.philox import philox
+
 # Random123 distribution, tests/kat_vectors, "philox4x32 10": counter, key, answer.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -21,16 +23,6 @@ WORD = st.integers(0, 0xFFFFFFFF)
 
 def array(*rows) -> np.ndarray:
     return np.array(rows, dtype=np.uint32)
-
-
-def philox(counter, key) -> tuple[int, ...]:
-    """The paper's round, ten times."""
-    a, b, c, d = counter
-    for r in range(10):
-        k0, k1 = (key[0] + r * 0x9E3779B9) % 2**32, (key[1] + r * 0xBB67AE85) % 2**32
-        left, right = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b, c, d = (right >> 32) ^ b ^ k0, right % 2**32, (left >> 32) ^ d ^ k1, left % 2**32
-    return a, b, c, d
 
 
 def test_known_answers(native):

@@ -96,6 +96,7 @@ class Stored:
         places: int32 ``[B, n]`` for pages, protected pages and tokens in no page: where in the sequence each stored
             token came, -1 for none. None: all are stored as they came.
         holes: whether ``places`` has a -1.
+        pages_of: makes the first pages of a class, as :meth:`Pages.of`.
         settled: how many of the first tokens of the sequence cannot be removed, since others are merged into them.
     """
 
@@ -110,6 +111,7 @@ class Stored:
     places: tuple[Tensor, Tensor, Tensor] | None = None
     holes: bool = False
     settled: int = 0
+    pages_of: Callable[..., Pages] = Pages.of
 
     def append(self, keys: Tensor, values: Tensor) -> Stored:
         """With these tokens ``[B, Hk, T, D]`` in no page."""
@@ -154,7 +156,7 @@ class Stored:
             self,
             keys=keys,
             values=values,
-            pages=Pages.of(keys, values, self.format, channel_order(keys) if self._mixes else None),
+            pages=self.pages_of(keys, values, self.format, channel_order(keys) if self._mixes else None),
             places=(nothing, nothing, places.int()),
             holes=bool((places < 0).any()),
             settled=self.tokens,
@@ -169,18 +171,20 @@ class Stored:
         gone = self.residual_places() < 0
         gone[:, -1] |= ~wanted
         longest = int((~gone).sum(1).max())
-        order = gone.int().argsort(dim=1, stable=True)[:, :longest]
-        gone = gone.gather(1, order)
-        places = self.residual_places().gather(1, order).masked_fill(gone, -1)
+        slots = gone.int().argsort(dim=1, stable=True)[:, :longest]
+        gone = gone.gather(1, slots)
+        places = self.residual_places().gather(1, slots).masked_fill(gone, -1)
         pages = self.pages
         if pages is None:
-            pages = Pages.of(self.keys, self.values, self.format, channel_order(self.keys) if self._mixes else None)
+            pages = self.pages_of(
+                self.keys, self.values, self.format, channel_order(self.keys) if self._mixes else None
+            )
         return replace(
             self,
-            keys=_take(self.keys, order),
-            values=_take(self.values, order),
+            keys=_take(self.keys, slots),
+            values=_take(self.values, slots),
             pages=pages,
-            marks=None if self.marks is None else _take(self.marks, order),
+            marks=None if self.marks is None else _take(self.marks, slots),
             places=(*self._packed_places(), places),
             holes=bool(gone.any()) or self.holes,
             settled=self.tokens,
@@ -214,13 +218,13 @@ class Stored:
             return self
         parts = [(_take(self.keys, where), _take(self.values, where)) for where in slots]
         order = channel_order(self.keys) if self._mixes and self.pages is None else None
-        pages = Pages.of(self.keys, self.values, self.format, order) if self.pages is None else self.pages
+        pages = self.pages_of(self.keys, self.values, self.format, order) if self.pages is None else self.pages
         protected = self.protected
         if special:
             assert self.protected_format is not None
             if protected is None:
                 order = pages.k_order if pages.k_order is not None else order
-                protected = Pages.of(self.keys, self.values, self.protected_format, order)
+                protected = self.pages_of(self.keys, self.values, self.protected_format, order)
             protected = protected.append(*parts[1])
         return replace(
             self,

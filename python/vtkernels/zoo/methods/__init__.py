@@ -11,6 +11,7 @@ from vtkernels.zoo.methods.fopru import FoPru
 from vtkernels.zoo.methods.hiprune import HiPrune
 from vtkernels.zoo.methods.holitom import HoliTom
 from vtkernels.zoo.methods.kivi import KIVI
+from vtkernels.zoo.methods.kvquant import KVQuant
 from vtkernels.zoo.methods.lookm import LookM
 from vtkernels.zoo.methods.mmtok import MMTok
 from vtkernels.zoo.methods.packed import Packed
@@ -54,6 +55,7 @@ RECIPES = (
     KIVI,
     VidKV,
     ZipVL,
+    KVQuant,
     LookM,
     VideoXL2,
     DynamicLLaVA,

@@ -1,0 +1,353 @@
+// verify_draft on the CPU: the walk of verify_draft_walk.h over rows of weights.
+//
+//   load    the maximum, then 2^((z - max) log2(e) / T) of every logit into [V] floats and their sum. With top-k the
+//           threshold is found on the logits in between, with top-p and min-p on the weights after it.
+//   select  a threshold is found without sorting: bisection over the bits of the values, the half without it is left
+//           out of the next round, so that all rounds together read two or three times the row
+//   draw    sums of tiles, then the tile, then the token
+//
+// A tile is a fixed part of the vocabulary and tiles are added up in order in float64, so the bits do not depend on the
+// number of threads. Extra memory: 4 V bytes for each request in work, 8 V with draft_logits, 4 V more with top-k or
+// top-p. Bound: reads of the rows on the path, and V exponentials of about 20 operations each.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/order_key.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+#include "device/tile.h"
+#include "speculative/verify_draft_walk.h"
+
+namespace vtk {
+namespace VTK_ISA {
+namespace {
+
+constexpr int32_t kTile = 512;
+constexpr int64_t kGrain = 32;  // tiles that pay for a fork
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kLog2E = 1.4426950408889634;
+constexpr uint32_t kLowestKey = 0x007fffff;  // of -inf
+
+// log(x) for normal x > 0, to 1e-7: x = 2^e m with m in [0.7, 1.5), and the series of 2 atanh((m - 1) / (m + 1)).
+f32v log_of(f32v x) {
+  const u32v shifted = (u32v)x - 0x3f3504f3u;
+  const f32v exponent = __builtin_convertvector((i32v)shifted >> 23, f32v);
+  const f32v m = (f32v)((shifted & 0x007fffffu) + 0x3f3504f3u);
+  const f32v s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+  const f32v series = (((s2 * (2.0f / 9) + 2.0f / 7) * s2 + 2.0f / 5) * s2 + 2.0f / 3) * s2 + 2.0f;
+  return series * s + exponent * 0.693147181f;
+}
+
+// The vector at p, of which `count` elements are there; `fill` in lanes beyond.
+template <class T>
+f32v load_or(const T* p, int32_t count, float fill) {
+  if (count >= kLanes) return load(p);
+  f32v v = splat(fill);
+  for (int32_t lane = 0; lane < count; ++lane) v[lane] = to_float(p[lane]);
+  return v;
+}
+
+float float_of_key(uint32_t key) {
+  const uint32_t bits = key >> 31 ? key ^ 0x80000000u : ~key;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// What a key counts for when keys are taken from the largest down.
+f32v one_each(u32v) { return splat(1.0f); }
+f32v value_of(u32v key) { return (f32v)key; }
+
+// Sum of mass(key) over keys above the pivot. keys is padded with zeros to whole vectors.
+template <class MassOf>
+double mass_above(const uint32_t* keys, int32_t count, uint32_t pivot, const MassOf& mass_of) {
+  double total = 0.0;
+  for (int32_t begin = 0; begin < count; begin += kTile) {
+    f32v sums = {};
+    for (int32_t i = begin; i < std::min(begin + kTile, count); i += kLanes) {
+      u32v key;
+      std::memcpy(&key, keys + i, sizeof key);
+      sums += (f32v)((u32v)mass_of(key) & (u32v)(key > pivot));
+    }
+    total += sum(sums);
+  }
+  return total;
+}
+
+// The least t for which the keys above t have less mass than `target`: keys >= t are those that are taken, from the
+// largest down, until the target is reached, ties together. keys, with room for a vector more, is overwritten.
+template <class MassOf>
+uint32_t taken_from(uint32_t* keys, int32_t count, double target, const MassOf& mass_of) {
+  uint32_t low = 0xffffffffu, high = 0;
+  for (int32_t i = 0; i < count; ++i) low = std::min(low, keys[i]), high = std::max(high, keys[i]);
+  double above = 0.0;  // the mass of all keys > high
+  while (low < high) {
+    const uint32_t pivot = low + (high - low) / 2;
+    std::fill_n(keys + count, kLanes, 0u);
+    const double mass = mass_above(keys, count, pivot, mass_of);
+    const bool upper = above + mass >= target;
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      const uint32_t key = keys[i];
+      keys[kept] = key;
+      kept += (key > pivot) == upper;
+    }
+    count = kept;
+    if (upper) {
+      low = pivot + 1;
+    } else {
+      high = pivot;
+      above += mass;
+    }
+  }
+  return low;
+}
+
+// [V] weights, zeros after them up to a whole tile.
+class Weights {
+ public:
+  explicit Weights(int32_t vocab)
+      : tiles_(ceil_div(vocab, kTile)),
+        weight_(scratch<float>(int64_t{tiles_} * kTile)),
+        sums_(scratch<float>(tiles_)) {}
+
+  float operator[](int32_t token) const { return weight_[token]; }
+  float take(int32_t token) {
+    const float weight = weight_[token];
+    weight_[token] = 0.0f;
+    return weight;
+  }
+  float* data() { return weight_.get(); }
+
+  // each(tile's first element) gives a sum of the tile. They are added up in order.
+  template <class Each>
+  double total_of(const Each& each) {
+    parallel_for(tiles_, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) sums_[tile] = each(tile * kTile);
+    });
+    double total = 0.0;
+    for (int32_t tile = 0; tile < tiles_; ++tile) total += sums_[tile];
+    return total;
+  }
+
+  // next(weights, index of the first) gives new ones; returns their sum.
+  template <class Next>
+  double update(const Next& next) {
+    return total_of([&](int64_t first) {
+      f32v total = {};
+      for (int64_t i = first; i < first + kTile; i += kLanes) {
+        const f32v weight = next(load(&weight_[i]), i);
+        store(&weight_[i], weight);
+        total += weight;
+      }
+      return sum(total);
+    });
+  }
+
+  // measure(weights, index of the first) over all of them.
+  template <class Measure>
+  double measure(const Measure& measure) {
+    return total_of([&](int64_t first) {
+      f32v total = {};
+      for (int64_t i = first; i < first + kTile; i += kLanes) total += measure(load(&weight_[i]), i);
+      return sum(total);
+    });
+  }
+
+  int32_t sample(double u) {
+    const double target = u * measure([](f32v weight, int64_t) { return weight; });
+    double before = 0.0;
+    int32_t last = -1;  // with mass, in the tile at hand
+    for (int32_t tile = 0; tile < tiles_; ++tile) {
+      if (!(sums_[tile] > 0.0f)) continue;
+      last = tile * kTile;
+      if (before + sums_[tile] > target) break;
+      before += sums_[tile];
+    }
+    if (last < 0) return -1;
+    int32_t token = -1;
+    for (int32_t i = last; i < last + kTile; ++i) {
+      if (!(weight_[i] > 0.0f)) continue;
+      token = i;
+      before += weight_[i];
+      if (before > target) break;
+    }
+    return token;
+  }
+
+ private:
+  const int32_t tiles_;
+  Scratch<float> weight_, sums_;
+};
+
+struct Filters {
+  float temperature = 1.0f;
+  int32_t top_k = 0;
+  float top_p = 1.0f, min_p = 0.0f;
+};
+
+// One logit row.
+template <class T>
+class Row {
+ public:
+  Row(const T* logits, int32_t vocab)
+      : logits_(logits), vocab_(vocab), tiles_(ceil_div(vocab, kTile)), tile_max_(scratch<float>(tiles_)) {
+    parallel_for(tiles_, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) tile_max_[tile] = max_of(static_cast<int32_t>(tile));
+    });
+    for (int32_t tile = 0; tile < tiles_; ++tile) most_ = std::max(most_, tile_max_[tile]);
+  }
+
+  int32_t argmax() const {
+    if (most_ == -kInfinity) return -1;
+    int32_t i = 0;
+    while (tile_max_[i] != most_) ++i;
+    i *= kTile;
+    while (to_float(logits_[i]) != most_) ++i;
+    return i;
+  }
+
+  double weigh(const Filters& filters, Weights& weights) const {
+    if (most_ == -kInfinity) return 0.0;
+    const float lowest = top_k_value(filters.top_k);
+    const float scale = static_cast<float>(kLog2E / filters.temperature), most = most_;
+    // NOTE: a comparison with NaN is false, so NaN logits weigh nothing.
+    double total = weights.update([&](f32v, int64_t i) {
+      const f32v z = load_or(logits_ + i, static_cast<int32_t>(vocab_ - i), -kInfinity);
+      const f32v e = exp2_bounded((z - most) * scale);
+      const f32v weight = z == most ? splat(1.0f) : e;
+      return (f32v)((u32v)weight & (u32v)(z >= lowest) & (u32v)(z > -kInfinity));
+    });
+    const float least = std::max(top_p_weight(filters.top_p, total, weights), filters.min_p);
+    return least > 0.0f ? weights.update([&](f32v w, int64_t) { return w >= least ? w : f32v{}; }) : total;
+  }
+
+ private:
+  float max_of(int32_t tile) const {
+    const Range range = tile_range(tile, kTile, vocab_);
+    const T* const at = logits_ + range.begin;
+    const int32_t count = range.size();
+    f32v best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+    int32_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) best[k] = max(load(at + i + k * kLanes), best[k]);  // a NaN loses
+    for (; i < count; i += kLanes) best[0] = max(load_or(at + i, count - i, -kInfinity), best[0]);
+    return max(max(max(best[0], best[1]), max(best[2], best[3])));
+  }
+
+  // Logits below are not among the k largest.
+  float top_k_value(int32_t k) const {
+    if (k <= 0 || k >= vocab_) return -kInfinity;
+    Scratch<uint32_t> keys = scratch<uint32_t>(vocab_ + kLanes);
+    for (int32_t i = 0; i < vocab_; ++i) keys[i] = order_key(to_float(logits_[i]));
+    return float_of_key(std::max(taken_from(keys.get(), vocab_, k, one_each), kLowestKey));
+  }
+
+  float top_p_weight(float top_p, double total, Weights& weights) const {
+    if (!(top_p < 1.0f)) return 0.0f;
+    Scratch<uint32_t> keys = scratch<uint32_t>(vocab_ + kLanes);
+    int32_t count = 0;
+    for (int32_t i = 0; i < vocab_; ++i) {
+      std::memcpy(&keys[count], weights.data() + i, sizeof(uint32_t));  // positive floats sort as their bits
+      count += weights[i] > 0.0f;
+    }
+    const uint32_t bits = taken_from(keys.get(), count, top_p * total, value_of);
+    float weight;
+    std::memcpy(&weight, &bits, sizeof weight);
+    return weight;
+  }
+
+  const T* const logits_;
+  const int32_t vocab_, tiles_;
+  Scratch<float> tile_max_;
+  float most_ = -kInfinity;
+};
+
+template <class Use>
+auto with_row(const LogitRows& rows, int64_t b, int32_t node, int32_t vocab, const Use& use) {
+  const int64_t offset = b * rows.stride_batch + node * rows.stride_node;
+  switch (rows.dtype) {
+    case DType::kFloat32: return use(Row<float>(static_cast<const float*>(rows.data) + offset, vocab));
+    case DType::kFloat16: return use(Row<f16>(static_cast<const f16*>(rows.data) + offset, vocab));
+    default: return use(Row<bf16>(static_cast<const bf16*>(rows.data) + offset, vocab));
+  }
+}
+
+class Rows {
+ public:
+  Rows(const VerifyDraftParams& params, int64_t b)
+      : p(params),
+        b_(b),
+        target_(params.vocab),
+        draft_(params.draft.data == nullptr ? 0 : params.vocab),
+        paths_(scratch<TypicalPath>(params.mode == VerifyMode::kTypical ? params.nodes : 0)) {
+    const float temperature = p.temperature.at(b, 1.0f);
+    filters_.temperature = temperature == 0.0f ? 1.0f : temperature;  // of greedy requests, in mode relaxed
+    filters_.top_k = p.top_k.at(b, 0);
+    filters_.top_p = p.top_p.at(b, 1.0f);
+    filters_.min_p = p.min_p.at(b, 0.0f);
+  }
+
+  int32_t argmax(int32_t node) const {
+    return with_row(p.target, b_, node, p.vocab, [](const auto& row) { return row.argmax(); });
+  }
+  double load_target(int32_t node) {
+    return with_row(p.target, b_, node, p.vocab, [&](const auto& row) { return row.weigh(filters_, target_); });
+  }
+  double load_draft(int32_t node) {
+    return with_row(p.draft, b_, node, p.vocab, [&](const auto& row) { return row.weigh(Filters(), draft_); });
+  }
+
+  float target(int32_t token) const { return target_[token]; }
+  float draft(int32_t token) const { return draft_[token]; }
+  float take(int32_t token) { return target_.take(token); }
+  float take_draft(int32_t token) { return draft_.take(token); }
+
+  double excess(double scale) {
+    return target_.measure([&](f32v weight, int64_t i) { return above_draft(weight, i, static_cast<float>(scale)); });
+  }
+  double subtract(double scale) {
+    return target_.update([&](f32v weight, int64_t i) { return above_draft(weight, i, static_cast<float>(scale)); });
+  }
+  double surprise(double total) {
+    const float inverse = static_cast<float>(1.0 / total);
+    return -target_.measure([&](f32v weight, int64_t) {
+      const f32v probability = weight * inverse;
+      return probability * log_of(probability + 1e-5f);
+    });
+  }
+  void keep_at_least(float least) {
+    target_.update([&](f32v weight, int64_t) { return weight >= least ? weight : f32v{}; });
+  }
+  int32_t sample(double u) { return target_.sample(u); }
+
+  TypicalPath* paths() { return paths_.get(); }
+  void barrier() const {}
+  bool writes() const { return true; }
+
+ private:
+  f32v above_draft(f32v weight, int64_t i, float scale) {
+    return max(weight * scale - load(draft_.data() + i), f32v{});
+  }
+
+  const VerifyDraftParams& p;
+  const int64_t b_;
+  Filters filters_;
+  Weights target_, draft_;
+  Scratch<TypicalPath> paths_;
+};
+
+}  // namespace
+
+void verify_draft_cpu(const VerifyDraftParams& p) {
+  parallel_items(p.batch, [&](int64_t b) {
+    Rows rows(p, b);
+    Walk<Rows>(p, b, rows).run();
+  });
+}
+
+}  // namespace VTK_ISA
+}  // namespace vtk

@@ -1,0 +1,296 @@
+"""Who drafts: a small language model, as a chain or as EAGLE-2's tree, the text itself, or any :class:`Draft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vtkernels.ops.drafting import sample_stats
+from vtkernels.speculative.ragged import RaggedCache
+from vtkernels.speculative.text import Text
+from vtkernels.speculative.trees import ancestor_matrix, build_tree, chain, expand
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the target's tokens are drawn.
+
+    Attributes:
+        seeds: int64 ``[B]``, of the requests.
+        temperature: above 0.
+        top_k, top_p, min_p: as :func:`vtkernels.verify_draft` has them; None: off.
+    """
+
+    seeds: Tensor
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A draft tree for each row.
+
+    Attributes:
+        tokens: int64 ``[B, n]``, the root first: the last token of the text; -1 for no token.
+        parents: int32 ``[B, n]``, as in :mod:`vtkernels.speculative.trees`.
+        chain: whether each node's parent is the one before it, in every row.
+        logits: ``[B, n - 1, V]``, behind each node but the last those of the distribution that its child was drawn
+            from; None for tokens that were chosen.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    chain: bool
+    logits: Tensor | None = None
+
+
+class Draft(Protocol):
+    """What :func:`vtkernels.generation.speculative_generate` asks of a draft."""
+
+    def begin(self, text: Text, sampling: Sampling | None, vocabulary: int) -> None:
+        """A new batch of prompts, of which the model has given the first tokens; ``vocabulary``: the target's."""
+
+    def propose(self, text: Text, most: int) -> Proposal:
+        """Trees behind the text, of a depth of at most ``most >= 1``. Rows that are not active may hold anything."""
+
+    def accept(self, accepted: Tensor, kept: list[int]) -> None:
+        """Of the last proposal the text took ``kept[b]`` tokens: nodes 1 ... of the path ``accepted[b]`` and one more
+        behind them; 0: the row has ended. ``accepted`` int64 ``[B, n]``, the root first, then -1.
+        """
+
+
+class PromptLookup:
+    """Drafts what followed the latest place in the text where its last tokens stood before.
+
+    Args:
+        length: tokens drafted.
+        ngram: how many of the last tokens to look for, then fewer.
+
+    Prompt lookup decoding; the n-gram case of speculative sampling (arXiv 2211.17192), with drafts that were chosen.
+    """
+
+    def __init__(self, length: int = 8, ngram: int = 3):
+        if length < 1 or ngram < 1:
+            raise ValueError(f"PromptLookup: expected length and ngram >= 1, got {length} and {ngram}")
+        self.length = length
+        self.ngram = ngram
+
+    def begin(self, text: Text, sampling: Sampling | None, vocabulary: int) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, text: Text, most: int) -> Proposal:
+        most = min(most, self.length)
+        ids, lengths = text.ids, text.lengths.unsqueeze(1)
+        padding = torch.nn.functional.pad(~text.mask | text.visual, (0, ids.shape[1] - text.prompt), value=False)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        unusable = padding | (place >= lengths)
+        begin = lengths  # where the proposal is copied from; the end: none
+        for size in range(min(self.ngram, text.prompt + min(text.counts)), 0, -1):
+            wanted = text.last(size)
+            same = (ids.unfold(1, size, 1) == wanted.unsqueeze(1)).all(-1) & ~unusable.unfold(1, size, 1).any(-1)
+            same &= place[: same.shape[1]] + size < lengths
+            found = (place[: same.shape[1]] + size).where(same, -1).amax(1, keepdim=True)
+            begin = begin.where((begin < lengths) | (found < 0), found)
+        source = begin + torch.arange(most, device=ids.device)
+        source = source.clamp(max=ids.shape[1] - 1)
+        drafted = ids.gather(1, source).masked_fill(unusable.gather(1, source) | (source < begin), -1)
+        stopped = (drafted < 0).cumsum(1) > 0
+        drafted = drafted.masked_fill(stopped, -1)
+        drafted = drafted[:, : int((drafted >= 0).sum(1).amax())]
+        tokens = torch.cat([text.last(1), drafted], dim=1)
+        return Proposal(tokens, chain(len(tokens), tokens.shape[1], tokens.device), chain=True)
+
+    def accept(self, accepted: Tensor, kept: list[int]) -> None:
+        """Nothing to forget."""
+
+
+class _ModelDraft:
+    """A small language model over the target's vocabulary, with a cache of its own."""
+
+    def __init__(self, model: Any, visual: str | None):
+        if visual not in (None, "share", "skip"):
+            raise ValueError(f'visual: expected "share", "skip" or None, got {visual!r}')
+        self.model = model
+        self.visual = visual
+        self.passes = 0
+
+    def begin(self, text: Text, sampling: Sampling | None, vocabulary: int) -> None:
+        """Reads the prompts but their last tokens: every proposal begins by reading the last two tokens of the text,
+        of which the second is new and the first may be.
+        """
+        if text.prompt == 0:
+            raise ValueError("speculative_generate: expected input_ids, which a draft model reads")
+        self.sampling = sampling
+        self.vocabulary = vocabulary
+        mask, embeds = text.mask, None
+        if text.visual.any():
+            if self._shares(text):
+                embeds = self._embed(text)
+            else:
+                mask = mask & ~text.visual
+        batch, prompt = len(text.ids), text.prompt - 1
+        self.position = mask.sum(1, keepdim=True) - 1  # of the last token of the prompt
+        cache = DynamicCache(config=self.model.config)
+        before = mask[:, :prompt]
+        if prompt > 0:
+            ids = text.ids[:, :prompt].masked_fill(text.visual[:, :prompt], 0)
+            given = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds[:, :prompt]}
+            positions = (before.long().cumsum(1) - 1).clamp(min=0)
+            self._run(cache, attention_mask=before.long(), position_ids=positions, logits_to_keep=1, **given)
+        self.cache = RaggedCache(cache, before, batch, prompt)
+
+    def _shares(self, text: Text) -> bool:
+        fits = text.embeds is not None and text.embeds.shape[-1] == self.model.config.hidden_size
+        if self.visual == "share" and not fits:
+            raise ValueError(
+                'visual="share": expected a draft of the hidden size of the target, whose prompt is embedded in one '
+                "call; others skip visual tokens"
+            )
+        return fits and self.visual != "skip"
+
+    def _embed(self, text: Text) -> Tensor:
+        """The draft's own words between the target's visual tokens: ``[B, prompt, D]``."""
+        assert text.embeds is not None
+        words = self.model.get_input_embeddings()(text.ids[:, : text.prompt].masked_fill(text.visual, 0))
+        return torch.where(text.visual.unsqueeze(-1), text.embeds.to(words.dtype), words)
+
+    def _run(self, cache: Any, **arguments: Any) -> Tensor:
+        self.passes += 1
+        return self.model(past_key_values=cache, use_cache=True, **arguments).logits[..., : self.vocabulary]
+
+    def _feed(self, tokens: Tensor, depth: int, mask: Tensor | None) -> Tensor:
+        """Logits behind tokens ``[B, k]``: a chain that begins at ``depth`` without a mask of their own, or nodes of
+        that depth; the root has depth 0.
+        """
+        counts = torch.tensor(self.cache.counts, device=tokens.device).unsqueeze(1)
+        steps = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.int64)
+        if mask is None:
+            steps = torch.arange(tokens.shape[1], device=tokens.device)
+            mask = self.cache.mask(tokens.shape[1], tokens.device)
+        # The cache holds the text but its last two tokens.
+        position = self.position + counts + 1 + depth + steps
+        logits = self._run(self.cache.cache, input_ids=tokens, attention_mask=mask, position_ids=position)
+        self.cache.tail += tokens.shape[1]
+        return logits
+
+
+class ChainDraft(_ModelDraft):
+    """A language model that drafts one token after the other.
+
+    With sampling its tokens are drawn at the target's temperature and verified against the distribution that they were
+    drawn from; greedy, they are its argmax.
+
+    Args:
+        model: a transformers language model over the target's vocabulary.
+        length: tokens drafted.
+        confidence: a row whose draft is less likely than this, as the draft has it, ends the chain of all rows there.
+        visual: how the draft reads a prompt with visual tokens: ``"share"``: it takes the target's embeddings in their
+            place, for which it was trained; ``"skip"``: the prompt without them. None: share where the hidden sizes
+            are the same.
+
+    Speculative sampling (arXiv 2211.17192, arXiv 2302.01318).
+    """
+
+    def __init__(self, model: Any, length: int = 5, *, confidence: float = 0.0, visual: str | None = None):
+        super().__init__(model, visual)
+        if length < 1:
+            raise ValueError(f"ChainDraft: expected length >= 1, got {length}")
+        self.length = length
+        self.confidence = confidence
+
+    def propose(self, text: Text, most: int) -> Proposal:
+        recent = text.last(2)
+        tokens, laws = [recent[:, 1:]], []
+        logits = self._feed(recent, -1, None)[:, -1]
+        active = torch.tensor(text.active, device=recent.device)
+        likelihood = torch.zeros(len(recent), device=recent.device)
+        for step in range(min(most, self.length)):
+            if step > 0:
+                logits = self._feed(tokens[-1], step, None)[:, -1]
+            options = {}
+            if self.sampling is not None:
+                temperature = torch.full((len(logits),), self.sampling.temperature, device=logits.device)
+                position = torch.tensor(text.counts, device=logits.device) + step
+                options = {"temperature": temperature, "seeds": self.sampling.seeds, "positions": position}
+                laws.append(logits / self.sampling.temperature)
+            token, logprob, _, _ = sample_stats(logits, **options)
+            tokens.append(token.unsqueeze(1))
+            likelihood += logprob
+            if self.confidence > 0 and bool((likelihood.exp() < self.confidence)[active].any()):
+                break
+        drafted = torch.cat(tokens, dim=1)
+        law = torch.stack(laws, dim=1) if laws else None
+        return Proposal(drafted, chain(len(drafted), drafted.shape[1], drafted.device), chain=True, logits=law)
+
+    def accept(self, accepted: Tensor, kept: list[int]) -> None:
+        self.cache.keep(kept)
+
+
+class TreeDraft(_ModelDraft):
+    """A language model that drafts a tree of the likeliest ways on.
+
+    Level by level the ``top_k`` likeliest nodes get ``top_k`` children each; of all of them the likeliest ``nodes - 1``
+    are drafted. They are chosen, not drawn: with sampling too the target's law is kept.
+
+    Args:
+        model: a transformers language model over the target's vocabulary, whose attention takes a mask of 4 dimensions
+            ("sdpa", "eager").
+        depth: levels.
+        top_k: nodes of a level that are continued, and children of each.
+        nodes: of the tree with its root.
+        visual: as in :class:`ChainDraft`.
+
+    The dynamic tree of EAGLE-2 (arXiv 2406.16858).
+    """
+
+    def __init__(self, model: Any, depth: int = 5, top_k: int = 4, nodes: int = 16, *, visual: str | None = None):
+        super().__init__(model, visual)
+        if min(depth, top_k) < 1 or nodes < 2:
+            raise ValueError(f"TreeDraft: expected depth and top_k >= 1 and nodes >= 2, got {depth}, {top_k}, {nodes}")
+        self.depth = depth
+        self.top_k = top_k
+        self.nodes = nodes
+
+    def propose(self, text: Text, most: int) -> Proposal:
+        recent = text.last(2)
+        batch, device = len(recent), recent.device
+        top_k = min(self.top_k, self.vocabulary)
+        sees = ancestor_matrix(chain(batch, 2, device))  # of the tail's places: the last two tokens, then each level
+        logits = self._feed(recent, -1, None)[:, -1:]
+        scores, nodes = torch.zeros(batch, 1, device=device), torch.full((batch, 1), -1, device=device)
+        places = torch.ones(batch, 1, device=device, dtype=torch.int64)  # of this level's nodes in the tail
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # tokens, scores, parents, places of the level below
+        for level in range(min(most, self.depth)):
+            token, score = (x.flatten(1) for x in expand(scores, logits, top_k))
+            parents = nodes.repeat_interleave(top_k, dim=1)
+            above = places.repeat_interleave(top_k, dim=1)
+            first = sum(part[0].shape[1] for part in found)
+            place = torch.full_like(token, -1)
+            found.append((token, score, parents, place))
+            if level + 1 == min(most, self.depth):
+                break
+            best = score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+            scores, nodes, tail = score.gather(1, best), best + first, self.cache.tail
+            places = torch.arange(tail, tail + top_k, device=device).expand(batch, -1)
+            place.scatter_(1, best, places)
+            row = sees.gather(1, above.gather(1, best).unsqueeze(-1).expand(-1, -1, tail))
+            own = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
+            new = torch.cat([row, own], dim=2)
+            sees = torch.cat([torch.nn.functional.pad(sees, (0, top_k)), new], dim=1)
+            logits = self._feed(token.gather(1, best), level + 1, self.cache.tree_mask(new, self.model.dtype))
+        tokens, score, parents, place = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+        drafted, tree, chosen = build_tree(recent[:, 1], tokens, score, parents, self.nodes)
+        root = torch.ones_like(place[:, :1])
+        self.places = torch.cat([root, place.gather(1, chosen)], dim=1)
+        return Proposal(drafted, tree, chain=False)
+
+    def accept(self, accepted: Tensor, kept: list[int]) -> None:
+        """Of the tail there remain the text's last but one token, and the path but its last node."""
+        path = self.places.gather(1, accepted[:, :-1].clamp(min=0))
+        self.cache.keep(kept, torch.nn.functional.pad(path, (1, 0)))
