@@ -61,4 +61,5 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/select/select_diverse.cu": {"select_diverse_kernel": HOT},
     "csrc/speculative/compact_accepted.cu": {"compact_accepted_kernel": HOT},
     "csrc/speculative/sample_stats.cu": {"sample_stats_kernel": HOT},
+    "csrc/speculative/verify_draft.cu": {"verify_draft_kernel": HOT},
 }
