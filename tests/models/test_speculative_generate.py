@@ -99,7 +99,7 @@ def test_llama(draft):
 
 
 @pytest.mark.parametrize("tree", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "vtk"])
 def test_rows_at_their_own_pace(attention, tree):
     model, inputs = llama(), prompts([5, 14, 9])
     model.set_attn_implementation(attention)
@@ -146,32 +146,24 @@ def test_the_embedded_model(described, rows, method):
         assert out.tokens_per_pass > 2
         if method != "holitom":  # whose layers make masks of their own
             assert same(model, TreeDraft(draft), inputs, 40, expected).tokens_per_pass > 3
-        same(model, draft, inputs, 40, expected, PackedKVCache(model.config, "none/none/64", unpack=True))
         model.set_attn_implementation("vtk")
-        same(model, draft, inputs, 40, expected)
+        assert same(model, TreeDraft(draft), inputs, 40, expected).tokens_per_pass > 3
+        same(model, draft, inputs, 40, expected, PackedKVCache(model.config, "none/none/64"))
 
 
 @pytest.mark.parametrize("lengths", [[200], [200, 150, 190]])
 @pytest.mark.parametrize("tree", [False, True])
-def test_pages(lengths, tree):
-    """Pages are packed behind the slowest row, and hold what plain generation's hold."""
+@pytest.mark.parametrize("attention", ["vtk", "sdpa"])
+def test_pages(attention, tree, lengths):
+    """Pages are packed behind the slowest row, and hold what plain generation's hold; "vtk" reads them as they are."""
     model, inputs = llama(max_position_embeddings=512), prompts(lengths)
-    expected = plain(model, inputs, 130)
-    oracle = Oracle(expected, 200, tree)
-    cache = PackedKVCache(model.config, "none/none/64", unpack=True)
-    out = same(model, oracle, inputs, 130, expected, cache)
+    expected = plain(model, inputs, 80)
+    model.set_attn_implementation(attention)
+    cache = PackedKVCache(model.config, "none/none/64", unpack=attention == "sdpa")
+    out = same(model, Oracle(expected, 200, tree), inputs, 80, expected, cache)
     assert [layer.pages.tokens for layer in cache.layers] == [256] * 3
     assert cache.layers[0].window == 0 and not cache.layers[0].record_past
     assert len({tuple(row) for row in out.accepted}) == len(lengths)
-
-
-def test_packed_attention_reads_the_pages():
-    model, inputs = llama(max_position_embeddings=512), prompts([200])
-    expected = plain(model, inputs, 130)
-    model.set_attn_implementation("vtk")
-    cache = PackedKVCache(model.config, "none/none/64")
-    same(model, Oracle(expected, 200), inputs, 130, expected, cache)
-    assert [layer.pages.tokens for layer in cache.layers] == [256] * 3
 
 
 @pytest.mark.parametrize("tree", [False, True])
