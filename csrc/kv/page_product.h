@@ -162,10 +162,12 @@ __attribute__((always_inline)) inline void multiply_row(const Decoder& decoder,
 
 // Bytes that will be read soon. A tile takes one line of each run of words, a stride that processors do not prefetch.
 struct BytesAhead {
+  static constexpr int64_t kLine = 64;
   const char *at = nullptr, *end = nullptr;
+  int64_t step = 0;  // bytes for each row of codes that is multiplied: evenly, so that the memory is never idle
 
   void fetch() {
-    for (int line = 0; line < 2 && at < end; ++line, at += 64) __builtin_prefetch(at, 0, 2);
+    for (const char* stop = std::min(at + step, end); at < stop; at += kLine) __builtin_prefetch(at);
   }
 };
 
@@ -198,10 +200,16 @@ class PageProduct {
  public:
   PageProduct() : scaled_(scratch<float>(kProductRows * kFactorStride)) {}
 
-  // What the products from now on fetch on their way.
-  void read_ahead(const uint8_t* codes, int64_t bytes) {
+  // What the product with `page` fetches on its way.
+  void read_ahead(const KvPage& page, const uint8_t* codes, int64_t bytes) {
+    int32_t rows = 0;
+    for (int32_t i = 0; i < page.sections; ++i) {
+      const KvSection& s = page.section[i];
+      rows += s.scheme == KvScheme::kNone ? s.depth * page.element_bits / 32 : word_rows(s);
+    }
     ahead_.at = reinterpret_cast<const char*>(codes);
     ahead_.end = ahead_.at + bytes;
+    ahead_.step = round_up(ceil_div<int64_t>(bytes, rows * ceil_div(page.lanes, kTileLanes)), BytesAhead::kLine);
   }
 
   // The codes of a page as the products read them, until the next page of this side is opened.
@@ -273,19 +281,22 @@ class PageProduct {
   void add_lane_group(const Decoder& decoder, const Call& call, const KvSection& s, int32_t g, const char* codes,
                       const f16* scale, const f16* zero) {
     const int32_t rows = ceil_div(s.depth, Decoder::kCodes);
-    float bias[kRows] = {};
-    for (int r = 0; r < kRows; ++r) {
-      const float* factor = call.factor + r * kFactorStride + s.first;
-      float* to = &scaled_[r * kFactorStride];
-      f32v sum = {};
-      for (int32_t d = 0; d < s.depth; d += kLanes) {
-        const int32_t count = std::min(kLanes, s.depth - d);
-        const f32v f = count == kLanes ? load(factor + d) : load_partial(factor + d, count);
-        store(to + d, f * (count == kLanes ? load(scale + d) : load_partial(scale + d, count)));
-        if (zero != nullptr) sum += f * (count == kLanes ? load(zero + d) : load_partial(zero + d, count));
+    f32v zero_sum[kRows] = {};
+    for (int32_t d = 0; d < s.depth; d += kLanes) {
+      const auto part = [&](const auto* from) {
+        return d + kLanes <= s.depth ? load(from + d) : load_partial(from + d, s.depth - d);
+      };
+      const f32v of_depth = part(scale);
+      for (int r = 0; r < kRows; ++r) {
+        const f32v factor = part(call.factor + r * kFactorStride + s.first);
+        store(&scaled_[r * kFactorStride + d], factor * of_depth);
+        if (zero != nullptr) zero_sum[r] += factor * part(zero);
       }
-      bias[r] = vtk::VTK_ISA::sum(sum);
-      for (int32_t d = s.depth; d < rows * Decoder::kCodes; ++d) to[d] = 0.0f;
+    }
+    float bias[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      bias[r] = zero == nullptr ? 0.0f : sum(zero_sum[r]);
+      for (int32_t d = s.depth; d < rows * Decoder::kCodes; ++d) scaled_[r * kFactorStride + d] = 0.0f;
     }
     const auto finish = [&](int32_t l, int v, const f32v(&sum)[kRows][kVectors]) {
       for (int r = 0; r < kRows; ++r) call.add_to(l, r, sum[r][v] + bias[r]);

@@ -212,15 +212,19 @@ def test_detach_leaves_no_trace(model, method):
         zoo.apply(model, method, keep=0.5)
 
 
-def test_speculation():
+def test_speculation_and_chunks():
     model, text = tiny.llava(), tiny.inputs([(0, 150)])
     model.set_attn_implementation("vtk")
     expected = tiny.new_tokens(model, text)
     text["prompt_lookup_num_tokens"] = 3
     with zoo.apply(model, "packed", format="none/none/64"):
         assert torch.equal(tiny.new_tokens(model, text), expected)
-    with zoo.apply(model, "lookm"), pytest.raises(NotImplementedError, match="lookm: expected no speculation"):
-        tiny.new_tokens(model, text)
+    with zoo.apply(model, "lookm"):
+        with pytest.raises(NotImplementedError, match="lookm: expected no speculation"):
+            tiny.new_tokens(model, text)
+        del text["prompt_lookup_num_tokens"]
+        with pytest.raises(ValueError, match="a prompt's 151 tokens in one call, got 100;"):
+            tiny.new_tokens(model, text | {"prefill_chunk_size": 100})
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_bad_options(method, options, message):
 
 def test_evaluation_has_a_row_of_each(model):
     """One, whatever the budgets; and VidKV answers as the whole cache does."""
-    drawn = evaluate.held_out(processor(), 60, seed=11)
+    drawn = evaluate.held_out(processor(), 36, seed=11)
     batches = [batch for batch in drawn if batch.questions[0].task in ("digit", "where")]
     steps = []
     rows = evaluate.evaluate(
@@ -259,6 +263,6 @@ def test_evaluation_has_a_row_of_each(model):
     assert len(steps) == evaluate.num_steps(batches, ["vidkv", "lookm"], [0.25], 1, ["int4/int4/64"])
     full, vidkv, lookm, int4 = rows[:4]
     assert [row.tokens for row in rows[:4]] == [256] * 4 and vidkv.prefill_flops == full.prefill_flops
-    assert vidkv.mean >= full.mean - 0.05 and int4.mean >= full.mean - 0.05
+    assert vidkv.mean >= full.mean - 0.1 and int4.mean >= full.mean - 0.1
     assert lookm.kv_bytes < 0.25 * full.kv_bytes and int4.kv_bytes < 0.2 * full.kv_bytes
     assert model.config.text_config._attn_implementation == "vtk"

@@ -15,7 +15,7 @@ from vtkernels.ops.kv import kv_pack, kv_unpack, packed_attention
 
 _PART = 64  # pages of a key head that are packed at once
 
-# Of a list or a bool for each of the tokens [B, n] that are stored.
+# Which of n tokens: a slice, or int64 [B, m].
 _Slots = Tensor | slice
 
 

@@ -44,9 +44,17 @@ class CacheContext:
 
         Returns:
             bool ``[B', T']``.
+
+        Raises:
+            ValueError: a prefill in chunks.
         """
         marks = marks.to(keys.device).repeat_interleave(len(keys) // len(marks), dim=0)
         source = self.survivors(cache, layer)
         if source is not None:
             marks = marks.gather(1, source.clamp(min=0)) & (source >= 0)
+        if marks.shape[1] > keys.shape[2]:
+            raise ValueError(
+                f"vtkernels.zoo: expected a prompt's {marks.shape[1]} tokens in one call, got {keys.shape[2]}; methods "
+                "of the cache do not take a prefill in chunks"
+            )
         return pad(marks, (0, keys.shape[2] - marks.shape[1]))
