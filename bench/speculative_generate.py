@@ -78,13 +78,20 @@ def run(prompts: int, batch: int, rounds: int, device: torch.device) -> list[dic
     rows, calls = [], {}
     for name, method in found.items():
         with counted(model) as passes:
-            got = [method(each) for each in inputs]
+            try:
+                got = [method(each) for each in inputs]
+            except ValueError as error:
+                # NOTE: transformers' prompt lookup drafts placeholders of visual tokens, which LLaVA refuses.
+                rows.append({"method": f"{name}: {str(error)[:60]}", "batch": batch})
+                continue
         if not all(map(torch.equal, got, expected)):
             raise AssertionError(f"{name} gives other tokens than generate")
         rows.append({"method": name, "batch": batch, "passes": passes[0] - len(inputs)})
         calls[name] = lambda method=method: [method(each) for each in inputs]
     times = compare_times(calls, device, rounds)
     for row in rows:
+        if "passes" not in row:
+            continue
         row["milliseconds"] = times[row["method"]].median
         row["fewer_passes"] = rows[0]["passes"] / row["passes"]
         row["speed_up"] = times["generate"].median / row["milliseconds"]
@@ -108,6 +115,9 @@ def main(
         for heading in ("method", "passes", "fewer passes", "ms", "speed-up"):
             table.add_column(heading, justify="left" if heading == "method" else "right")
         for row in rows:
+            if "passes" not in row:
+                table.add_row(row["method"])
+                continue
             numbers = (f"{row['fewer_passes']:.2f}x", f"{row['milliseconds']:.0f}", f"{row['speed_up']:.2f}x")
             table.add_row(row["method"], str(row["passes"]), *numbers)
         console.print(table)
