@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench.harness import Case, PeerMissing, compiled
 from bench.kv_peers import kivi, sdpa, transformers_cache
-from vtkernels import kv_pack, kv_unpack, packed_attention
+from vtkernels import kv_compact, kv_pack, kv_unpack, packed_attention
 from vtkernels.kv import KVFormat, channel_order
 
-OPS = ["kv_pack", "kv_unpack", "packed_attention"]
+OPS = ["kv_pack", "kv_unpack", "kv_compact", "packed_attention"]
 HEADS, HEAD_DIM = 8, 128
 
 
@@ -72,6 +72,30 @@ def unpack_case(format: KVFormat, k: Tensor, v: Tensor) -> Case:
     )
 
 
+def compact_case(k: Tensor, v: Tensor, kept: int) -> Case:
+    """As an eviction leaves it: every head keeps tokens of its own, in ascending order."""
+    random = torch.Generator(k.device).manual_seed(1)
+    drawn = torch.rand(k.shape[:3], generator=random, device=k.device)
+    indices = drawn.topk(kept, dim=2).indices.sort(dim=2).values
+
+    def eager(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        where = indices[..., None].expand(-1, -1, -1, k.shape[3])
+        return k.gather(2, where), v.gather(2, where)
+
+    def check(ours, peer) -> None:
+        assert all(map(torch.equal, ours, peer))
+
+    return Case(
+        "kv_compact",
+        f"{kept} of S{k.shape[2]} Hk{HEADS} D{HEAD_DIM} {str(k.dtype).removeprefix('torch.')}",
+        lambda: kv_compact(k, v, indices),
+        {"eager": lambda: lambda: eager(k, v, indices), "inductor": compiled(eager, k, v, indices)},
+        check,
+        bytes=4 * k.nbytes * kept // k.shape[2] + indices.nbytes,
+        target={"eager": 1.0},
+    )
+
+
 def read(*tensors: Tensor) -> list[Tensor]:
     """What reading costs and nothing else: every byte once, as float32 sums."""
     return [x.view(torch.float32).sum() for x in tensors]
@@ -119,6 +143,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for text in ("int4/int4/128", "mix/ternary/128", "mix/ternary5/128"):
         yield pack_case(KVFormat.parse(text), k, v)
         yield unpack_case(KVFormat.parse(text), k, v)
+    yield compact_case(k, v, length // 5)
     length = 131072 if device.type == "cuda" else 32768
     k, v, query = (
         torch.randn(1, h, n, HEAD_DIM, generator=random, device=device).to(torch.bfloat16)

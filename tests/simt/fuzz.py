@@ -192,10 +192,11 @@ def draw_format(draw: Draw, head_dim: int) -> dict[str, Any]:
 
 
 def draw_pages(draw: Draw, shape: tuple, dtype: torch.dtype, format: dict[str, Any], order: Tensor) -> list[Tensor]:
-    """Codes and metadata of random tokens ``shape``; codes begin at multiples of 16 bytes, as they must."""
-    k, v = (draw.normal(*shape).to(dtype) for _ in range(2))
+    """Of random tokens, ``shape`` [B, Hk, pages, D]; codes begin at multiples of 16 bytes, as they must."""
+    batch, heads, pages, head_dim = shape
+    k, v = (draw.normal(batch, heads, max(pages, 1) * PAGE, head_dim).to(dtype) for _ in range(2))
     made = kv.kv_pack(k, v, **format, k_order=order if format["k_scheme"] == "mix" else None)
-    return [x if i % 2 == 0 else draw.laid_out(x) for i, x in enumerate(made)]
+    return [x[:, :, :pages] if i % 2 == 0 else draw.laid_out(x[:, :, :pages]) for i, x in enumerate(made)]
 
 
 def draw_ints(draw: Draw, shape: list[int], low: int, high: int, garbage: int | None) -> Tensor:
@@ -215,10 +216,10 @@ def draw_packed_attention(draw: Draw) -> dict[str, Any]:
     drawn: dict[str, Any] = draw_format(draw, head_dim)
     drawn["query"] = draw.shared(draw.normal(batch, key_heads * group, rows, head_dim).to(dtype))
     spoil = draw.choice(["nothing", "k_order", "page_counts", "residual_lengths", "block_table"])
-    shape = (batch, key_heads, pages * PAGE, head_dim)
+    shape = (batch, key_heads, pages, head_dim)
     if draw.chance(0.4):  # a pool
         pool = draw.choice([1, 3])
-        shape = (pool, key_heads, PAGE, head_dim)
+        shape = (pool, key_heads, 1, head_dim)
         bad = draw.choice([2**31 - 1, pool]) if spoil == "block_table" else -(2**31)
         drawn["block_table"] = draw_ints(draw, [batch, pages], -1, pool - 1, bad)
     elif draw.chance(0.4):
@@ -227,7 +228,7 @@ def draw_packed_attention(draw: Draw) -> dict[str, Any]:
         shared = {name: drawn[name] for name in ("group", "k_axis", "v_axis")}
         own = shared | {side: drawn[f"protected_{side}"] for side in ("k_scheme", "v_scheme")}
         more = draw.choice([0, 1])
-        drawn["protected"] = draw_pages(draw, (batch, key_heads, more * PAGE, head_dim), dtype, own, order)
+        drawn["protected"] = draw_pages(draw, (batch, key_heads, more, head_dim), dtype, own, order)
     names = ("k_codes", "k_meta", "v_codes", "v_meta")
     format = {name: drawn[name] for name in ("k_scheme", "v_scheme", "group", "k_axis", "v_axis")}
     packed = draw_pages(draw, shape, dtype, format, order)

@@ -59,6 +59,15 @@ def _attention_mix(random: torch.Generator, dtype: torch.dtype):
     return (torch.randn(2, 2, 1, 24, generator=random).to(dtype), *packed), options | {"scale": 0.2}
 
 
+def _compact(per_head: bool):
+    def make(random: torch.Generator, dtype: torch.dtype):
+        k, v = _tensors(random, dtype, 24)
+        shape = (2, 1, 37) if per_head else (2, 37)
+        return (k, v, torch.randint(0, 128, shape, generator=random)), {}
+
+    return make
+
+
 def _attention_pool(random: torch.Generator, dtype: torch.dtype):
     """Requests of different lengths over one pool, with padding and a draft tree."""
     (query, *pages), options = _attention("int2/int4@token/32", 7, False)(random, dtype)
@@ -87,6 +96,8 @@ CASES = [
     Case("kv_pack", "mix/ternary5/128", _mix),
     *(Case("kv_unpack", text, _unpack(text)) for text in FORMATS),
     Case("kv_unpack", "mix/ternary5/128", _unpack_mix),
+    Case("kv_compact", "one choice for all heads", _compact(False)),
+    Case("kv_compact", "one a head", _compact(True)),
     Case("packed_attention", "pages alone", _attention("int4/int2@token/32", 0, False)),
     Case("packed_attention", "pages and residual, causal", _attention("none/ternary/64", 7, True)),
     Case("packed_attention", "mix/ternary5/128", _attention_mix),
