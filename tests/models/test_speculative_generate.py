@@ -375,6 +375,17 @@ def test_prompt_lookup():
         assert proposal.tokens.shape[1] == 1 + max(map(len, expected))
 
 
+@pytest.mark.parametrize("draft", [ChainDraft, TreeDraft])
+def test_drafts_layer_by_layer(draft):
+    """A draft of Llama's form runs without what transformers does around its layers; it drafts the same."""
+    inputs, model = prompts([5, 14, 9]), noisy(LLAMA)
+    short, whole = draft(model), draft(model)
+    assert short._by_layer
+    whole._by_layer = False
+    assert same(LLAMA, short, inputs).accepted == same(LLAMA, whole, inputs).accepted
+    assert short.passes == whole.passes
+
+
 def test_a_draft_of_another_vocabulary_drafts_known_words():
     larger = llama(7, vocab_size=200)
     same(LLAMA, ChainDraft(larger), prompts([5, 9]), 5)
