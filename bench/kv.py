@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench.harness import Case, PeerMissing, compiled
 from bench.kv_peers import kivi, sdpa, transformers_cache
-from vtkernels import kv_pack, kv_unpack, packed_attention
+from vtkernels import kv_compact, kv_pack, kv_unpack, packed_attention
 from vtkernels.kv import KVFormat, channel_order
 
-OPS = ["kv_pack", "kv_unpack", "packed_attention"]
+OPS = ["kv_pack", "kv_unpack", "kv_compact", "packed_attention"]
 HEADS, HEAD_DIM = 8, 128
 
 
@@ -72,17 +72,48 @@ def unpack_case(format: KVFormat, k: Tensor, v: Tensor) -> Case:
     )
 
 
+def compact_case(k: Tensor, v: Tensor, kept: int) -> Case:
+    """As an eviction leaves it: every head keeps tokens of its own, in ascending order."""
+    random = torch.Generator(k.device).manual_seed(1)
+    drawn = torch.rand(k.shape[:3], generator=random, device=k.device)
+    indices = drawn.topk(kept, dim=2).indices.sort(dim=2).values
+
+    def eager(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        where = indices[..., None].expand(-1, -1, -1, k.shape[3])
+        return k.gather(2, where), v.gather(2, where)
+
+    def check(ours, peer) -> None:
+        assert all(map(torch.equal, ours, peer))
+
+    return Case(
+        "kv_compact",
+        f"{kept} of S{k.shape[2]} Hk{HEADS} D{HEAD_DIM} {str(k.dtype).removeprefix('torch.')}",
+        lambda: kv_compact(k, v, indices),
+        {"eager": lambda: lambda: eager(k, v, indices), "inductor": compiled(eager, k, v, indices)},
+        check,
+        bytes=4 * k.nbytes * kept // k.shape[2] + indices.nbytes,
+        target={"eager": 1.0},
+    )
+
+
+def read(*tensors: Tensor) -> list[Tensor]:
+    """What reading costs and nothing else: every byte once, as float32 sums."""
+    return [x.view(torch.float32).sum() for x in tensors]
+
+
 def decode_case(format: KVFormat, query: Tensor, k: Tensor, v: Tensor) -> Case:
     order = channel_order(k) if format.k_scheme == "mix" else None
     packed, raw = kv_pack(k, v, **format.options, k_order=order), KVFormat("none", "none")
     pages = kv_pack(k, v, **raw.options)
     dtype = k.dtype if "none" in (format.k_scheme, format.v_scheme) else torch.float32
     unpacked = kv_unpack(*packed, head_dim=HEAD_DIM, dtype=dtype, **format.options, k_order=order)
-    read, exact = (sdpa(query.float(), *(x.float() for x in kv)) for kv in (unpacked, (k, v)))
+    as_read, exact = (sdpa(query.float(), *(x.float() for x in kv)) for kv in (unpacked, (k, v)))
     del unpacked
 
     def check(ours, peer) -> None:
-        torch.testing.assert_close(ours[0].float(), read, rtol=1e-2, atol=1e-2 * exact.std().item())
+        torch.testing.assert_close(ours[0].float(), as_read, rtol=1e-2, atol=1e-2 * exact.std().item())
+        if isinstance(peer, list):  # of read
+            return
         theirs = peer if isinstance(peer, Tensor) else peer[0]  # of their own codes: no more than the size is alike
         assert (theirs.float() - exact).norm() < exact.norm()
 
@@ -95,11 +126,12 @@ def decode_case(format: KVFormat, query: Tensor, k: Tensor, v: Tensor) -> Case:
             "sdpa": lambda: lambda: sdpa(query, k, v),
             "transformers": transformers_cache(format, query, k, v),
             "kivi": kivi(format, query, k, v),
+            "read": lambda: lambda: read(k, v),
         },
         check,
         bytes=sum(x.nbytes for x in packed),
         flops=4 * query.shape[1] * k.shape[2] * HEAD_DIM,
-        target={"none": 1.6 if order is not None else 1.4, "sdpa": 20.0} if format != raw else {},
+        target={"none": 1.6 if order is not None else 1.4, "sdpa": 20.0} if format != raw else {"read": 0.6},
     )
 
 
@@ -111,6 +143,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for text in ("int4/int4/128", "mix/ternary/128", "mix/ternary5/128"):
         yield pack_case(KVFormat.parse(text), k, v)
         yield unpack_case(KVFormat.parse(text), k, v)
+    yield compact_case(k, v, length // 5)
     length = 131072 if device.type == "cuda" else 32768
     k, v, query = (
         torch.randn(1, h, n, HEAD_DIM, generator=random, device=device).to(torch.bfloat16)

@@ -89,7 +89,7 @@ def test_opcheck(case, dtype, random):
 
 
 # They say so; the gradient never just ends there.
-WITHOUT_BACKWARD = {"rule_attention", "kv_pack", "kv_unpack", "packed_attention", "sample_stats"}
+WITHOUT_BACKWARD = {"rule_attention", "kv_pack", "kv_unpack", "kv_compact", "packed_attention", "sample_stats"}
 IN_PLACE = {"compact_accepted"}
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vtkernels.speculative import trees
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=30, deadline=None)
 
 
 @st.composite

@@ -6,6 +6,7 @@
 // by shuffles. Both keep scores and sums as [rows][columns] of the lane, at row(i), column(j), channel(c). Rows in
 // shared memory are kDepth elements and 16 bytes, which keeps ldmatrix and float4 reads free of bank conflicts.
 #pragma once
+#include "device/code_pairs.cuh"
 #include "device/convert.cuh"
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
@@ -67,9 +68,9 @@ struct MmaTile {
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       const int j = 4 * step;
-      const uint32_t a[4] = {
-          pack_pair<T>(scores[0][j], scores[0][j + 1]), pack_pair<T>(scores[1][j], scores[1][j + 1]),
-          pack_pair<T>(scores[0][j + 2], scores[0][j + 3]), pack_pair<T>(scores[1][j + 2], scores[1][j + 3])};
+      const uint32_t a[4] = {pack_pair<T>(scores[0][j], scores[0][j + 1]), pack_pair<T>(scores[1][j], scores[1][j + 1]),
+                             pack_pair<T>(scores[0][j + 2], scores[0][j + 3]),
+                             pack_pair<T>(scores[1][j + 2], scores[1][j + 3])};
 #pragma unroll
       for (int pair = 0; pair < kOutDepth / 16; ++pair) {
         uint32_t b[4];

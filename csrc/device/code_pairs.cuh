@@ -28,6 +28,20 @@ struct PairFormat<__nv_bfloat16> {
 
 VTK_HOST_DEVICE constexpr uint32_t both_lanes(uint32_t x) { return x << 16 | x; }
 
+// Two numbers as the 16-bit lanes of a register.
+template <class T>
+__device__ inline uint32_t pack_pair(float low, float high);
+template <>
+__device__ inline uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ inline uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // Bits of (2^exponent + low / 2^(mantissa - exponent)) in both lanes: `low` counts in the last place.
 template <class T>
 VTK_HOST_DEVICE constexpr uint32_t pair_of(int exponent, uint32_t low = 0) {

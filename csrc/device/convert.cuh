@@ -27,20 +27,6 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Two numbers as the 16-bit lanes of a register.
-template <class T>
-__device__ inline uint32_t pack_pair(float low, float high);
-template <>
-__device__ inline uint32_t pack_pair<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ inline uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // For code that reads few elements and need not be specialised by type.
 __device__ inline float load_float(const void* base, DType dtype, int64_t index) {
   switch (dtype) {

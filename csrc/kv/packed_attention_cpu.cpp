@@ -86,6 +86,10 @@ class PackedRows {
     int64_t count = 0;
   };
 
+  static void prefetch(const uint16_t* from, int32_t count) {
+    for (int32_t i = 0; i < count; i += 32) __builtin_prefetch(from + i, 0, 2);
+  }
+
   static bool is_mix(const PackedClass& pages) { return pages.page[0].sections == 2; }
 
   // Row r is query r / group of head h group + r % group.
@@ -142,7 +146,10 @@ class PackedRows {
     }
     const int32_t next_place = more ? packed_place(p, kind, b, n + 1) : -1;
     Bytes next;
-    if (next_place >= 0) next = {pages.codes[0].at(b, h, next_place), pages.page[0].code_bytes};
+    if (next_place >= 0) {
+      next = {pages.codes[0].at(b, h, next_place), pages.page[0].code_bytes};
+      for (int side = 0; side < 2; ++side) prefetch(pages.meta[side].at(b, h, next_place), pages.page[side].meta_count);
+    }
     attend_tokens<T>(pages.page, codes, meta, is_mix(pages) ? turned_.get() : query_.get(), bias, next, out,
                      [](int32_t, float*) {});
   }
@@ -188,18 +195,19 @@ class PackedRows {
   void attend_tokens(const KvPage (&page)[2], const uint8_t* (&codes)[2], const uint16_t* const (&meta)[2],
                      const float* query, const TokenBias* bias, const Bytes& next, const PartialRows& out,
                      const Hide& hide) {
-    product_.read_ahead(codes[1], page[1].code_bytes);
+    product_.read_ahead(page[0], codes[1], page[1].code_bytes);
     const uint8_t* keys = product_.open(page[0], codes[0]);
     const uint8_t* values = nullptr;
     for (int32_t first = 0; first < rows_; first += kProductRows) {
       const int32_t rows = std::min(kProductRows, rows_ - first);
-      for (int32_t r = 0; r < rows; ++r) std::fill_n(&logits_[r * kFactorStride], kPageTokens, 0.0f);
+      for (int32_t r = 0; r < rows; ++r)
+        for (int32_t t = 0; t < kPageTokens; t += kLanes) store(&logits_[r * kFactorStride + t], f32v{});
       product_.add<Element>(page[0], keys, meta[0], query + int64_t{first} * kFactorStride, rows, logits_.get(),
                             kFactorStride);
       for (int32_t r = 0; r < rows; ++r) softmax(out, first + r, &logits_[r * kFactorStride], bias, hide);
       if (first == 0) {
         values = product_.open(page[1], codes[1]);
-        product_.read_ahead(next.at, next.count);
+        product_.read_ahead(page[1], next.at, next.count);
       }
       product_.add<Element>(page[1], values, meta[1], logits_.get(), rows, out.values + int64_t{first} * stride_,
                             stride_);

@@ -148,6 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) packed_float_kernel(const __grid_
   VTK_DYNAMIC_SHARED(shared);
   const Work w = work_of(p);
   const Task task(p, w);
+  if (task.sources.size() == 0) return;
   const FloatBlock block = {p, task, carve(p, reinterpret_cast<float*>(shared))};
   block.load_queries();
   for (int32_t n = task.sources.begin; n < task.sources.end; ++n) {

@@ -8,11 +8,12 @@
 //           comes `stages` - 1 later (cp.async). Weights pass through shared memory: one more barrier a source.
 //
 // Pages are multiplied as float16 whatever the queries are, since 10 bits of mantissa take codes with fewer shifts than
-// 7; query rows are brought to at most 1 by a power of two first. Elements (scheme none, residual tokens) are
+// 7; query rows are brought below 2 by a power of two first. Elements (scheme none, residual tokens) are
 // multiplied in their own type. Sums are float32.
 //
-//   shared  the stages, 2 or 4, of the largest side; the queries in their two or three forms, 4.3 KiB each at D = 128;
-//           the weights, 4.3 KiB. 1.5-bit keys and 2-bit values of D = 128: 41 KiB with 4 stages.
+//   shared  the stages, 2 or 4, of the largest side, or one side of residual tokens; the queries in two or three forms,
+//           4.3 KiB each at D = 128; the weights, 4.3 KiB. 1.5-bit keys and 2-bit values: 36 KiB with 4 stages, 50 with
+//           residual tokens.
 //   bound   reading the pages, closely followed by decoding (docs/kv.md)
 #pragma once
 #include "device/reduce.cuh"
@@ -58,7 +59,6 @@ inline MmaPlan mma_plan(const PackedAttentionParams& p) {
   };
   for (int side = 0; side < 2; ++side) {
     plan.raw[side] = kv_page(side == 0, KvScheme::kNone, p.head_dim, kPageTokens, true, 16);
-    if (p.residual_tokens > 0) hold(plan.raw[side]);
     for (const PackedClass& pages : p.pages)
       if (pages.count > 0) hold(pages.page[side]);
   }
@@ -68,10 +68,13 @@ inline MmaPlan mma_plan(const PackedAttentionParams& p) {
   constexpr int32_t kFourBlocks = 56 << 10;  // shared memory with which four blocks are resident on sm_90
   const int32_t around = plan.query_bytes() + kRows * kWeightStride * 2 + plan.trit_bytes;
   plan.stages = around + 4 * plan.stage_bytes <= kFourBlocks ? 4 : 2;
-  // The stages' memory also holds a float32 copy of the queries, and the sums in the end.
-  const int32_t passing = kRows * 4 * round_up(p.head_dim, 32) * token_splits(p.head_dim);
-  const int32_t stages = plan.stages * plan.stage_bytes;
-  plan.shared_bytes = around + (stages > passing ? stages : passing);
+  // The stages' memory also holds residual tokens, a float32 copy of the queries before, and the sums in the end.
+  int32_t bytes = plan.stages * plan.stage_bytes;
+  const auto pass = [&](int32_t passing) { bytes = passing > bytes ? passing : bytes; };
+  pass(kRows * 4 * round_up(p.head_dim, 32) * token_splits(p.head_dim));
+  if (p.residual_tokens > 0)
+    for (const KvPage& page : plan.raw) pass(staged_bytes(page));
+  plan.shared_bytes = around + bytes;
   return plan;
 }
 
@@ -86,9 +89,12 @@ struct MmaBlock {
   __device__ const KvPage& page_of(const Source& from, int side) const {
     return from.kind == kResidual ? plan.raw[side] : p.pages[from.kind].page[side];
   }
-  __device__ unsigned char* stage(int32_t step) const { return sStages + step % plan.stages * plan.stage_bytes; }
-  __device__ uint16_t* stage_meta(int32_t step) const {
-    return reinterpret_cast<uint16_t*>(stage(step) + plan.code_bytes);
+  // Residual tokens take the memory of all stages: they are the last sources of a request.
+  __device__ unsigned char* stage(const Source& from, int32_t step) const {
+    return from.kind == kResidual ? sStages : sStages + step % plan.stages * plan.stage_bytes;
+  }
+  __device__ uint16_t* stage_meta(const Source& from, int32_t step) const {
+    return reinterpret_cast<uint16_t*>(stage(from, step) + plan.code_bytes);
   }
 
   // ---- Queries ----
@@ -151,34 +157,35 @@ struct MmaBlock {
 
   // ---- Sides ----
 
-  // Step s is the keys (s even) or the values of source s / 2.
+  // Copies the pages of step s, the keys (s even) or the values of source s / 2.
   __device__ void issue(int32_t step) const {
     const int32_t n = task.sources.begin + step / 2;
     if (n < task.sources.end) {
       const Source from = task.source(p, n);
       const int side = step % 2;
-      if (from.kind == kResidual) {
-        if (side == 0)
-          stage_residual_keys(p, task, from, stage(step));
-        else
-          stage_residual_values(p, task, from, stage(step));
-      } else if (from.place >= 0) {
+      if (from.kind != kResidual && from.place >= 0) {
         const PackedClass& pages = p.pages[from.kind];
-        copy_words(pages.page[side], pages.codes[side].at(task.b, task.key_head, from.place), stage(step));
-        copy_meta(pages.page[side], pages.meta[side].at(task.b, task.key_head, from.place), stage_meta(step));
+        copy_words(pages.page[side], pages.codes[side].at(task.b, task.key_head, from.place), stage(from, step));
+        copy_meta(pages.page[side], pages.meta[side].at(task.b, task.key_head, from.place), stage_meta(from, step));
       }
     }
     ptx::cp_async_commit();
   }
 
   // Step s has come, and step s - 1 is done with: its stage takes the next copies.
-  __device__ void arrive(int32_t step) const {
+  __device__ void arrive(const Source& from, int32_t step) const {
     if (plan.stages == 4)
       ptx::cp_async_wait<2>();
     else
       ptx::cp_async_wait<0>();
     __syncthreads();
     issue(step + plan.stages - 1);
+    if (from.kind != kResidual) return;
+    if (step % 2 == 0)
+      stage_residual_keys(p, task, from, sStages);
+    else
+      stage_residual_values(p, task, from, sStages);
+    __syncthreads();
   }
 
   // products += factors times a tile of 32 lanes of the side in `step`.
@@ -187,8 +194,8 @@ struct MmaBlock {
     const KvPage& page = page_of(from, step % 2);
     const int lane = threadIdx.x % 32;
     SectionTile s;
-    s.codes = is_trits(page) ? sTrits : stage(step);
-    s.meta = stage_meta(step);
+    s.codes = is_trits(page) ? sTrits : stage(from, step);
+    s.meta = stage_meta(from, step);
     s.row_bytes = staged_row_bytes(page);
     s.lanes = page.lanes, s.group = page.group, s.tile = tile, s.live = live, s.blocks = tokens;
     s.factors = factors + lane % 16 * stride + lane / 16 * 8;
@@ -278,6 +285,7 @@ __global__ void __launch_bounds__(kMmaThreads, kTiles == 1 ? 3 : 2)
   __shared__ uint32_t sLive[kMmaWarps];
   const Work w = work_of(p);
   const Task task(p, w);
+  if (task.sources.size() == 0) return;
   const int32_t warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4;
   uint16_t* sQuery = reinterpret_cast<uint16_t*>(shared);
   uint16_t* sWeights = sQuery + plan.query_bytes() / 2;
@@ -306,12 +314,12 @@ __global__ void __launch_bounds__(kMmaThreads, kTiles == 1 ? 3 : 2)
 #pragma unroll 1  // NOTE: one copy of the products for both sides
     for (int32_t side = 0; side < 2; ++side) {
       const int32_t step = first_step + side;
-      block.arrive(step);
+      block.arrive(from, step);
       if (from.place < 0) continue;
       const KvPage& page = block.page_of(from, side);
 
       // Prepare the side, and the factors of the values.
-      if (is_trits(page)) words_of_trits(page, block.stage(step), sTrits);
+      if (is_trits(page)) words_of_trits(page, block.stage(from, step), sTrits);
       if (side == 0) {
         if (page.section[0].scheme != KvScheme::kNone)
           factors += (page.sections == 2 ? 2 : 1) * kRows * plan.query_stride;
@@ -323,7 +331,8 @@ __global__ void __launch_bounds__(kMmaThreads, kTiles == 1 ? 3 : 2)
         const bool any = __any_sync(kAllLanes, gone != 0xffu);
         if (threadIdx.x % 32 == 0) sLive[warp] = any ? 1u << warp : 0u;
         const int32_t token = warp * 32 + threadIdx.x % 4 * 8 + row;
-        if (gone >> row & 1 && token < from.count) forget_value(page, token, block.stage(step), block.stage_meta(step));
+        if (gone >> row & 1 && token < from.count)
+          forget_value(page, token, block.stage(from, step), block.stage_meta(from, step));
         factors = sWeights, stride = kWeightStride;
       }
       if (side == 1 || is_trits(page)) __syncthreads();

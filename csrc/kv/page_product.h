@@ -44,7 +44,18 @@ inline f32v pick(f32v table, u32v bits) {
 #endif
 }
 
-typedef int8_t i8v __attribute__((vector_size(kLanes)));
+// kLanes signed bytes.
+inline i32v load_bytes(const char* from) {
+#if defined(__AVX512F__)
+  return (i32v)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (i32v)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  i32v v;
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = static_cast<int8_t>(from[lane]);
+  return v;
+#endif
+}
 
 // One decoder a kind of code. A row of a page is kPlanes runs of lanes of kLaneBytes bytes and holds kCodes digits a
 // lane: digit(i) from what open() made of it, the runs being `run` bytes apart.
@@ -91,9 +102,7 @@ struct ByteCodes {
   static Opened open(const char* at, int64_t run) { return {at, run}; }
   template <int i>
   f32v digit(const Opened& codes) const {
-    i8v digits;
-    std::memcpy(&digits, codes.at + i * codes.run, sizeof digits);
-    return __builtin_convertvector(__builtin_convertvector(digits, i32v), f32v);
+    return __builtin_convertvector(load_bytes(codes.at + i * codes.run), f32v);
   }
 };
 
@@ -134,8 +143,10 @@ constexpr int kVectors = 2;  // of lanes in a register tile
 constexpr int32_t kTileLanes = kVectors * kLanes;
 
 template <int kRows, class Decoder, int... i>
-inline void multiply_row(const Decoder& decoder, const typename Decoder::Opened (&opened)[kVectors],
-                         const float* factor, f32v (&sum)[kRows][kVectors], std::integer_sequence<int, i...>) {
+__attribute__((always_inline)) inline void multiply_row(const Decoder& decoder,
+                                                        const typename Decoder::Opened (&opened)[kVectors],
+                                                        const float* factor, f32v (&sum)[kRows][kVectors],
+                                                        std::integer_sequence<int, i...>) {
   const auto step = [&](auto index) __attribute__((always_inline)) {
     constexpr int kIndex = decltype(index)::value;
     const f32v first = decoder.template digit<kIndex>(opened[0]), second = decoder.template digit<kIndex>(opened[1]);
@@ -151,10 +162,12 @@ inline void multiply_row(const Decoder& decoder, const typename Decoder::Opened 
 
 // Bytes that will be read soon. A tile takes one line of each run of words, a stride that processors do not prefetch.
 struct BytesAhead {
+  static constexpr int64_t kLine = 64;
   const char *at = nullptr, *end = nullptr;
+  int64_t step = 0;  // bytes for each row of codes that is multiplied: evenly, so that the memory is never idle
 
   void fetch() {
-    for (int line = 0; line < 2 && at < end; ++line, at += 64) __builtin_prefetch(at, 0, 2);
+    for (const char* stop = std::min(at + step, end); at < stop; at += kLine) __builtin_prefetch(at);
   }
 };
 
@@ -180,15 +193,23 @@ __attribute__((noinline)) void multiply_tile(const Decoder& decoder, const char*
 
 typedef uint8_t u8v32 __attribute__((vector_size(32)));
 typedef int8_t i8v32 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(kPageAlign)));
+typedef int8_t i8x16 __attribute__((vector_size(kPageAlign)));
 
 class PageProduct {
  public:
   PageProduct() : scaled_(scratch<float>(kProductRows * kFactorStride)) {}
 
-  // What the products from now on fetch on their way.
-  void read_ahead(const uint8_t* codes, int64_t bytes) {
+  // What the product with `page` fetches on its way.
+  void read_ahead(const KvPage& page, const uint8_t* codes, int64_t bytes) {
+    int32_t rows = 0;
+    for (int32_t i = 0; i < page.sections; ++i) {
+      const KvSection& s = page.section[i];
+      rows += s.scheme == KvScheme::kNone ? s.depth * page.element_bits / 32 : word_rows(s);
+    }
     ahead_.at = reinterpret_cast<const char*>(codes);
     ahead_.end = ahead_.at + bytes;
+    ahead_.step = round_up(ceil_div<int64_t>(bytes, rows * ceil_div(page.lanes, kTileLanes)), BytesAhead::kLine);
   }
 
   // The codes of a page as the products read them, until the next page of this side is opened.
@@ -216,6 +237,11 @@ class PageProduct {
     const float* factor;
     float* out;
     int32_t out_stride;
+
+    void add_to(int32_t lane, int r, f32v x) const {
+      float* to = out + r * out_stride + lane;
+      store(to, load(to) + x);
+    }
   };
 
   template <class T, int kRows>
@@ -255,23 +281,25 @@ class PageProduct {
   void add_lane_group(const Decoder& decoder, const Call& call, const KvSection& s, int32_t g, const char* codes,
                       const f16* scale, const f16* zero) {
     const int32_t rows = ceil_div(s.depth, Decoder::kCodes);
-    float bias[kRows] = {};
-    for (int r = 0; r < kRows; ++r) {
-      const float* factor = call.factor + r * kFactorStride + s.first;
-      float* to = &scaled_[r * kFactorStride];
-      f32v sum = {};
-      for (int32_t d = 0; d < s.depth; d += kLanes) {
-        const int32_t count = std::min(kLanes, s.depth - d);
-        const f32v f = count == kLanes ? load(factor + d) : load_partial(factor + d, count);
-        store(to + d, f * (count == kLanes ? load(scale + d) : load_partial(scale + d, count)));
-        if (zero != nullptr) sum += f * (count == kLanes ? load(zero + d) : load_partial(zero + d, count));
+    f32v zero_sum[kRows] = {};
+    for (int32_t d = 0; d < s.depth; d += kLanes) {
+      const auto part = [&](const auto* from) {
+        return d + kLanes <= s.depth ? load(from + d) : load_partial(from + d, s.depth - d);
+      };
+      const f32v of_depth = part(scale);
+      for (int r = 0; r < kRows; ++r) {
+        const f32v factor = part(call.factor + r * kFactorStride + s.first);
+        store(&scaled_[r * kFactorStride + d], factor * of_depth);
+        if (zero != nullptr) zero_sum[r] += factor * part(zero);
       }
-      bias[r] = vtk::VTK_ISA::sum(sum);
-      std::fill(to + s.depth, to + rows * Decoder::kCodes, 0.0f);
     }
-    const auto finish = [&](int32_t l, int r, f32v sum) {
-      float* to = call.out + r * call.out_stride + l;
-      store(to, load(to) + (sum + bias[r]));
+    float bias[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      bias[r] = zero == nullptr ? 0.0f : sum(zero_sum[r]);
+      for (int32_t d = s.depth; d < rows * Decoder::kCodes; ++d) scaled_[r * kFactorStride + d] = 0.0f;
+    }
+    const auto finish = [&](int32_t l, int v, const f32v(&sum)[kRows][kVectors]) {
+      for (int r = 0; r < kRows; ++r) call.add_to(l, r, sum[r][v] + bias[r]);
     };
     const int32_t first = g * call.page.group;
     multiply_lanes<kRows>(decoder, codes, call.page, rows, {first, first + call.page.group}, scaled_.get(), finish);
@@ -291,21 +319,24 @@ class PageProduct {
         for (int32_t d = 0; d < call.page.group; d += kLanes) sum += load(factor + r * kFactorStride + d);
         total[r] = vtk::VTK_ISA::sum(sum);
       }
-    const auto finish = [&](int32_t l, int r, f32v sum) {
-      const int32_t count = std::min(kLanes, lanes - l);
-      float* to = call.out + r * call.out_stride + l;
-      f32v x = sum * (count == kLanes ? load(scale + l) : load_partial(scale + l, count));
-      if (zero != nullptr) x += total[r] * (count == kLanes ? load(zero + l) : load_partial(zero + l, count));
-      store(to, load(to) + x);
+    const auto numbers = [&](const f16* from, int32_t l) {
+      return l + kLanes <= lanes ? load(from + l) : load_partial(from + l, lanes - l);
+    };
+    const auto finish = [&](int32_t l, int v, const f32v(&sum)[kRows][kVectors]) {
+      const f32v of_lane = numbers(scale, l);
+      for (int r = 0; r < kRows; ++r) {
+        f32v x = sum[r][v] * of_lane;
+        if (zero != nullptr) x += total[r] * numbers(zero, l);
+        call.add_to(l, r, x);
+      }
     };
     multiply_lanes<kRows>(decoder, codes, call.page, rows, {0, lanes}, factor, finish);
   }
 
   template <class T, int kRows>
   void add_none(const Call& call, const KvSection& s, const char* codes) {
-    const auto finish = [&](int32_t l, int r, f32v sum) {
-      float* to = call.out + r * call.out_stride + l;
-      store(to, load(to) + sum);
+    const auto finish = [&](int32_t l, int v, const f32v(&sum)[kRows][kVectors]) {
+      for (int r = 0; r < kRows; ++r) call.add_to(l, r, sum[r][v]);
     };
     using Decoder = RawCodes<T>;
     multiply_lanes<kRows>(Decoder{}, codes, call.page, s.depth / Decoder::kCodes, {0, call.page.lanes}, call.factor,
@@ -317,7 +348,7 @@ class PageProduct {
     return int64_t{Decoder::kPlanes} * lanes * Decoder::kLaneBytes;
   }
 
-  // finish(lane, r, sum) for every row and vector of the lanes.
+  // finish(lane, v, sums) for every vector of the lanes.
   template <int kRows, class Decoder, class Finish>
   void multiply_lanes(const Decoder& decoder, const char* codes, const KvPage& page, int32_t rows, Range lanes,
                       const float* factor, const Finish& finish) {
@@ -330,8 +361,7 @@ class PageProduct {
       else
         multiply_tile<kRows>(decoder, widened<Decoder>(tile, run, rows, lanes.end - l),
                              kTileLanes * Decoder::kLaneBytes, rows, factor, ahead_, sum);
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors && l + v * kLanes < lanes.end; ++v) finish(l + v * kLanes, r, sum[r][v]);
+      for (int v = 0; v < kVectors && l + v * kLanes < lanes.end; ++v) finish(l + v * kLanes, v, sum);
     }
   }
 
@@ -347,26 +377,28 @@ class PageProduct {
   }
 
   // Five trits a byte as a digit -1, 0 or 1 a byte, [depth][lane]. A byte is a fraction, and each digit what is carried
-  // out of its product with 3 (trit_of in device/bits.cuh): out of b + b where b has the highest bit, and out of
-  // (b + b) + b where that sum saturates.
+  // out of its product with 3 (trit_of in device/bits.cuh): out of b + b where b has its highest bit,
+  // and out of (b + b) + b where that sum is less than b + b.
   const uint8_t* digits_of_trits(const KvPage& page, const uint8_t* from) {
     const int32_t bytes = trit_bytes(page.section[0], page.lanes);
     Scratch<uint8_t>& digits = digits_[page.is_key ? 0 : 1];
-    if (digits == nullptr) digits = scratch<uint8_t>(kTritsPerByte * int64_t{round_up(bytes, 32)});
-    for (int32_t j = 0; j < bytes; j += 32) {
-      const int32_t count = std::min(32, bytes - j);
-      u8v32 fraction = {};
-      std::memcpy(&fraction, from + j, count);
-      for (int k = 0; k < kTritsPerByte; ++k) {
-        const i8v32 twice_carries = (i8v32)fraction < 0;
-        const u8v32 twice = fraction + fraction, thrice = twice + fraction;
-        const i8v32 no_carry = thrice >= twice;
-        const i8v32 digit = no_carry - twice_carries;
-        std::memcpy(&digits[int64_t{k} * bytes + j], &digit, count);
-        fraction = thrice;
-      }
-    }
+    if (digits == nullptr) digits = scratch<uint8_t>(int64_t{kTritsPerByte} * bytes);
+    int32_t j = 0;
+    for (; j + 32 <= bytes; j += 32) write_digits<u8v32, i8v32>(from + j, &digits[j], bytes);
+    if (j < bytes) write_digits<u8x16, i8x16>(from + j, &digits[j], bytes);
     return digits.get();
+  }
+
+  template <class Byte, class Digit>
+  static void write_digits(const uint8_t* from, uint8_t* to, int64_t run) {
+    Byte fraction;
+    std::memcpy(&fraction, from, sizeof fraction);
+    for (int k = 0; k < kTritsPerByte; ++k) {
+      const Byte twice = fraction + fraction, thrice = twice + fraction;
+      const Digit digit = (Digit)(thrice >= twice) - (Digit)((Digit)fraction < 0);
+      std::memcpy(to + k * run, &digit, sizeof digit);
+      fraction = thrice;
+    }
   }
 
   BytesAhead ahead_;

@@ -129,13 +129,15 @@ __global__ void __launch_bounds__(kThreads) sample_stats_kernel(const __grid_con
       block_reduce<kThreads>(mine < num_tiles && tile.most == most ? mine : INT32_MAX, Min(), shared.reduce_int);
   const float second = block_reduce<kThreads>(mine == best ? tile.second : tile.most, Max(), shared.reduce_float);
   const bool some = tile.sum != 0.0f;  // -inf alone leaves no sum; a NaN is one
-  const double below = static_cast<double>(tile.most) - most, c = exp(below);
-  const double sum = block_reduce<kThreads>(some ? c * tile.sum : 0.0, Sum(), shared.reduce_double);
-  const double moment =
-      block_reduce<kThreads>(some ? c * (tile.moment + below * tile.sum) : 0.0, Sum(), shared.reduce_double);
+  const float below = tile.most - most, c = exp2f(below * kLog2E);
+  const double sum =
+      block_reduce<kThreads>(some ? static_cast<double>(c) * tile.sum : 0.0, Sum(), shared.reduce_double);
+  const double moment = block_reduce<kThreads>(
+      c > 0.0f ? static_cast<double>(c) * (tile.moment + below * tile.sum) : 0.0, Sum(), shared.reduce_double);
 
   // Choose.
-  const double weight = some ? exp2(below * scale) * tile.weight : 0.0;
+  const float at_most = exp2f(below * scale);
+  const double weight = some ? static_cast<double>(at_most) * tile.weight : 0.0;
   const Prefix<double> prefix = block_prefix<kThreads>(weight, shared.reduce_double);
   int32_t chosen = best;
   double rest = -1.0;  // below 0: the maximum
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) sample_stats_kernel(const __grid_con
     const int32_t first = block_reduce<kThreads>(passed ? mine : INT32_MAX, Min(), shared.reduce_int);
     const int32_t last = block_reduce<kThreads>(weight > 0.0 ? mine : -1, Max(), shared.reduce_int);
     chosen = first == INT32_MAX ? last : first;
-    const double own = mine == chosen ? fmax(target - prefix.before, 0.0) / exp2(below * scale) : 0.0;
+    const double own = mine == chosen ? fmax(target - prefix.before, 0.0) / at_most : 0.0;
     rest = block_reduce<kThreads>(own, Sum(), shared.reduce_double);
     if (first == INT32_MAX) rest = INFINITY;
   }
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) sample_stats_kernel(const __grid_con
   p.token[r] = static_cast<int64_t>(chosen) * kStatsTile + at;
   p.logprob[r] = static_cast<float>(static_cast<double>(to_float(gTile[at])) - most - log_sum);
   p.entropy[r] = static_cast<float>(log_sum - moment / sum);
-  p.margin[r] = static_cast<float>((1.0 - exp(static_cast<double>(second) - most)) / sum);
+  p.margin[r] = static_cast<float>((1.0f - exp2f((second - most) * kLog2E)) / sum);
 }
 
 }  // namespace

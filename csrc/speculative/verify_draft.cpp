@@ -37,8 +37,10 @@ void set_target(VerifyDraftParams& p, const Tensor& logits) {
   VTK_CHECK(kOp, logits.size(1) <= kMaxDraftNodes, "expected at most ", kMaxDraftNodes,
             " nodes a tree, got n = ", logits.size(1));
   VTK_CHECK(kOp, logits.size(2) >= 1, "expected target_logits of at least one token, got ", shape_text(logits));
+  VTK_CHECK(kOp, logits.size(2) <= kMaxVocabulary, "expected a vocabulary of at most ", kMaxVocabulary,
+            " tokens, got V = ", logits.size(2));
   p.nodes = static_cast<int32_t>(logits.size(1));
-  p.vocab = check_count(kOp, "vocabulary size", logits.size(2));
+  p.vocab = static_cast<int32_t>(logits.size(2));
 }
 
 void set_draft(VerifyDraftParams& p, const OptTensor& logits, const Tensor& target, bool without_replacement) {

@@ -79,7 +79,10 @@ class Rows {
       return probability * logf(probability + 1e-5f);
     });
   }
-  __device__ void keep_at_least(float least) { cut(target_, least); }
+  __device__ void keep_at_least(float least) {
+    barrier();
+    cut(target_, least);
+  }
   __device__ int32_t sample(double u);
 
   __device__ TypicalPath* paths() { return shared_.paths; }
@@ -108,7 +111,6 @@ class Rows {
   }
 
   __device__ double cut(float* weights, float least) {
-    barrier();
     return sum_over([&](int32_t i) { return weights[i] = weights[i] >= least ? weights[i] : 0.0f; });
   }
 
@@ -127,13 +129,12 @@ class Rows {
 
   __device__ double load(const LogitRows& rows, int32_t node, const Filters& filters, float* weights) {
     const int32_t best = top_index(top_rank(rows, node));
-    if (best < 0) return 0.0;
+    if (best < 0) return sum_over([&](int32_t i) { return weights[i] = 0.0f; });
     const float most = logit(rows, node, best), scale = __fdiv_rn(kLog2E, filters.temperature);
     auto key_at = [&](int32_t i) { return order_key(logit(rows, node, i)); };
     uint32_t lowest = kLowestKey + 1;
     if (filters.top_k > 0 && filters.top_k < p.vocab)
       lowest = max(lowest, radix_select(key_at, p.vocab, filters.top_k, shared_.select).key);
-    barrier();
     double total = sum_over([&](int32_t i) {
       const float z = logit(rows, node, i);
       const float weight = z == most ? 1.0f : exp2f((z - most) * scale);

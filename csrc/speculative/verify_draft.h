@@ -19,6 +19,7 @@
 namespace vtk {
 
 inline constexpr int32_t kMaxDraftNodes = 1024;
+inline constexpr int32_t kMaxVocabulary = 1 << 24;
 
 enum class VerifyMode : int32_t { kGreedy, kSample, kBlock, kTypical, kRelaxed };
 

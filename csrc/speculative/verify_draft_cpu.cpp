@@ -2,8 +2,8 @@
 //
 //   load    the maximum, then 2^((z - max) log2(e) / T) of every logit into [V] floats and their sum. With top-k the
 //           threshold is found on the logits in between, with top-p and min-p on the weights after it.
-//   select  a threshold is found without sorting: bisection over the bits of the values, the half without it is left
-//           out of the next round, so that all rounds together read two or three times the row
+//   select  without sorting. top-k: the k-th largest of the maxima of tiles' lanes bounds the k-th largest logit from
+//           below, and few logits are above. top-p: bisection over the bits of the weights, among fewer and fewer
 //   draw    sums of tiles, then the tile, then the token
 //
 // A tile is a fixed part of the vocabulary and tiles are added up in order in float64, so the bits do not depend on the
@@ -11,9 +11,10 @@
 // top-p. Bound: reads of the rows on the path, and V exponentials of about 20 operations each.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
-#include "common/order_key.h"
+#include "common/extremum.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -28,7 +29,7 @@ constexpr int32_t kTile = 512;
 constexpr int64_t kGrain = 32;  // tiles that pay for a fork
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2E = 1.4426950408889634;
-constexpr uint32_t kLowestKey = 0x007fffff;  // of -inf
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // log(x) for normal x > 0, to 1e-7: x = 2^e m with m in [0.7, 1.5), and the series of 2 atanh((m - 1) / (m + 1)).
 f32v log_of(f32v x) {
@@ -49,60 +50,83 @@ f32v load_or(const T* p, int32_t count, float fill) {
   return v;
 }
 
-float float_of_key(uint32_t key) {
-  const uint32_t bits = key >> 31 ? key ^ 0x80000000u : ~key;
+// A positive float and its bits sort the same way.
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-// What a key counts for when keys are taken from the largest down.
-f32v one_each(u32v) { return splat(1.0f); }
-f32v value_of(u32v key) { return (f32v)key; }
+struct Part {
+  double mass;
+  int32_t count;
+};
 
-// Sum of mass(key) over keys above the pivot. keys is padded with zeros to whole vectors.
-template <class MassOf>
-double mass_above(const uint32_t* keys, int32_t count, uint32_t pivot, const MassOf& mass_of) {
-  double total = 0.0;
+// Of the weights above the border; count is a whole number of vectors.
+Part part_above(const float* weights, int32_t count, float border) {
+  Part part = {};
   for (int32_t begin = 0; begin < count; begin += kTile) {
-    f32v sums = {};
+    f32v mass = {};
+    i32v number = {};
     for (int32_t i = begin; i < std::min(begin + kTile, count); i += kLanes) {
-      u32v key;
-      std::memcpy(&key, keys + i, sizeof key);
-      sums += (f32v)((u32v)mass_of(key) & (u32v)(key > pivot));
+      const f32v weight = load(weights + i);
+      const i32v above = weight > border;
+      mass += (f32v)((i32v)weight & above);
+      number -= above;
     }
-    total += sum(sums);
+    part.mass += sum(mass);
+    for (int lane = 0; lane < kLanes; ++lane) part.count += number[lane];
   }
-  return total;
+  return part;
 }
 
-// The least t for which the keys above t have less mass than `target`: keys >= t are those that are taken, from the
-// largest down, until the target is reached, ties together. keys, with room for a vector more, is overwritten.
-template <class MassOf>
-uint32_t taken_from(uint32_t* keys, int32_t count, double target, const MassOf& mass_of) {
-  uint32_t low = 0xffffffffu, high = 0;
-  for (int32_t i = 0; i < count; ++i) low = std::min(low, keys[i]), high = std::max(high, keys[i]);
-  double above = 0.0;  // the mass of all keys > high
-  while (low < high) {
-    const uint32_t pivot = low + (high - low) / 2;
-    std::fill_n(keys + count, kLanes, 0u);
-    const double mass = mass_above(keys, count, pivot, mass_of);
-    const bool upper = above + mass >= target;
-    int32_t kept = 0;
-    for (int32_t i = 0; i < count; ++i) {
-      const uint32_t key = keys[i];
-      keys[kept] = key;
-      kept += (key > pivot) == upper;
-    }
-    count = kept;
-    if (upper) {
-      low = pivot + 1;
-    } else {
-      high = pivot;
-      above += mass;
+// Copies the weights in [least, most], then zeros up to a whole vector; returns how many these are together.
+int32_t copy_between(const float* weights, int32_t count, float least, float most, float* to) {
+  int32_t copied = 0;
+  for (int32_t i = 0; i < count; i += kLanes) {
+    const f32v weight = load(weights + i);
+    if (!any_lane((weight >= least) & (weight <= most))) continue;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[copied] = weight[lane];
+      copied += weight[lane] >= least && weight[lane] <= most;
     }
   }
-  return low;
+  const int32_t whole = round_up(copied, kLanes);
+  std::fill(to + copied, to + whole, 0.0f);
+  return whole;
+}
+
+// The least weight t > 0 such that the weights above t have less mass than `target`, and t >= least: weights >= t are
+// those that are taken, from the largest down, until the target is reached, ties together. The largest weight is 1.
+float taken_from(const float* weights, int32_t count, double target, float least) {
+  Scratch<float> few = scratch<float>(count / 4 + 2 * kLanes);
+  uint32_t low = bits_of(least), high = bits_of(1.0f);
+  int32_t from_low = count;  // weights >= low; those beyond high are not among them
+  Part beyond = {};
+  double before = 0.0;
+  while (low < high) {
+    const uint32_t pivot = low + (high - low) / 2;
+    const Part above = part_above(weights, count, float_of(pivot));
+    if (before + above.mass >= target) {
+      low = pivot + 1;
+      from_low = above.count;
+    } else {
+      high = pivot;
+      beyond = above;
+    }
+    if (from_low - beyond.count > count / 4) continue;
+    count = copy_between(weights, count, float_of(low), float_of(high), few.get());
+    weights = few.get();
+    before += beyond.mass;
+    from_low = count;
+    beyond = {};
+  }
+  return float_of(low);
 }
 
 // [V] weights, zeros after them up to a whole tile.
@@ -134,12 +158,12 @@ class Weights {
 
   // next(weights, index of the first) gives new ones; returns their sum.
   template <class Next>
-  double update(const Next& next) {
-    return total_of([&](int64_t first) {
+  double update(Next next) {
+    return total_of([next, weights = weight_.get()](int64_t first) {  // copies: a store could change a reference
       f32v total = {};
       for (int64_t i = first; i < first + kTile; i += kLanes) {
-        const f32v weight = next(load(&weight_[i]), i);
-        store(&weight_[i], weight);
+        const f32v weight = next(load(weights + i), i);
+        store(weights + i, weight);
         total += weight;
       }
       return sum(total);
@@ -193,77 +217,96 @@ template <class T>
 class Row {
  public:
   Row(const T* logits, int32_t vocab)
-      : logits_(logits), vocab_(vocab), tiles_(ceil_div(vocab, kTile)), tile_max_(scratch<float>(tiles_)) {
+      : logits_(logits), vocab_(vocab), tiles_(ceil_div(vocab, kTile)), maxima_(scratch<float>(tiles_ * kLanes)) {
     parallel_for(tiles_, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) tile_max_[tile] = max_of(static_cast<int32_t>(tile));
+      for (int64_t tile = begin; tile < end; ++tile) store(&maxima_[tile * kLanes], maxima_of(tile));
     });
-    for (int32_t tile = 0; tile < tiles_; ++tile) most_ = std::max(most_, tile_max_[tile]);
+    f32v most = splat(-kInfinity);
+    for (int32_t tile = 0; tile < tiles_; ++tile) most = max(load(&maxima_[tile * kLanes]), most);
+    most_ = max(most);
   }
 
   int32_t argmax() const {
     if (most_ == -kInfinity) return -1;
     int32_t i = 0;
-    while (tile_max_[i] != most_) ++i;
+    while (!tile_reaches(i, most_)) ++i;
     i *= kTile;
     while (to_float(logits_[i]) != most_) ++i;
     return i;
   }
 
   double weigh(const Filters& filters, Weights& weights) const {
-    if (most_ == -kInfinity) return 0.0;
+    if (most_ == -kInfinity) return weights.update([](f32v, int64_t) { return f32v{}; });
     const float lowest = top_k_value(filters.top_k);
     const float scale = static_cast<float>(kLog2E / filters.temperature), most = most_;
     // NOTE: a comparison with NaN is false, so NaN logits weigh nothing.
-    double total = weights.update([&](f32v, int64_t i) {
-      const f32v z = load_or(logits_ + i, static_cast<int32_t>(vocab_ - i), -kInfinity);
+    const double total = weights.update([=, logits = logits_, vocab = vocab_](f32v, int64_t i) {
+      const f32v z = load_or(logits + i, static_cast<int32_t>(vocab - i), -kInfinity);
       const f32v e = exp2_bounded((z - most) * scale);
       const f32v weight = z == most ? splat(1.0f) : e;
-      return (f32v)((u32v)weight & (u32v)(z >= lowest) & (u32v)(z > -kInfinity));
+      return (f32v)((u32v)weight & (u32v)(z >= lowest));
     });
     const float least = std::max(top_p_weight(filters.top_p, total, weights), filters.min_p);
-    return least > 0.0f ? weights.update([&](f32v w, int64_t) { return w >= least ? w : f32v{}; }) : total;
+    return least > 0.0f ? weights.update([=](f32v w, int64_t) { return w >= least ? w : f32v{}; }) : total;
   }
 
  private:
-  float max_of(int32_t tile) const {
-    const Range range = tile_range(tile, kTile, vocab_);
+  // Of each lane: any set of lanes that covers the tile would do.
+  f32v maxima_of(int64_t tile) const {
+    const Range range = tile_range(static_cast<int32_t>(tile), kTile, vocab_);
     const T* const at = logits_ + range.begin;
     const int32_t count = range.size();
     f32v best[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
     int32_t i = 0;
     for (; i + 4 * kLanes <= count; i += 4 * kLanes)
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) best[k] = max(load(at + i + k * kLanes), best[k]);  // a NaN loses
+#pragma GCC unroll 2
+      for (int k = 0; k < 4; k += 2) {
+        f32v first, second;
+        load_dealt(at + i + k * kLanes, first, second);
+        best[k] = max(first, best[k]);  // a NaN loses
+        best[k + 1] = max(second, best[k + 1]);
+      }
     for (; i < count; i += kLanes) best[0] = max(load_or(at + i, count - i, -kInfinity), best[0]);
-    return max(max(max(best[0], best[1]), max(best[2], best[3])));
+    return max(max(best[0], best[1]), max(best[2], best[3]));
   }
+  bool tile_reaches(int32_t tile, float value) const { return any_lane(load(&maxima_[tile * kLanes]) >= value); }
 
-  // Logits below are not among the k largest.
+  // The k-th largest logit. The k-th largest maximum of a lane is a lower bound, and few logits are above it.
   float top_k_value(int32_t k) const {
-    if (k <= 0 || k >= vocab_) return -kInfinity;
-    Scratch<uint32_t> keys = scratch<uint32_t>(vocab_ + kLanes);
-    for (int32_t i = 0; i < vocab_; ++i) keys[i] = order_key(to_float(logits_[i]));
-    return float_of_key(std::max(taken_from(keys.get(), vocab_, k, one_each), kLowestKey));
+    if (k <= 0 || k >= vocab_) return kLowest;
+    const int32_t lanes = tiles_ * kLanes;
+    Scratch<float> kept = scratch<float>(std::max(lanes, vocab_ + kLanes));
+    float bound = -kInfinity;
+    if (k <= lanes) {
+      std::copy_n(maxima_.get(), lanes, kept.get());
+      std::nth_element(kept.get(), kept.get() + k - 1, kept.get() + lanes, std::greater<float>());
+      bound = kept[k - 1];
+    }
+    int32_t count = 0;
+    for (int32_t tile = 0; tile < tiles_; ++tile) {
+      if (!tile_reaches(tile, bound)) continue;
+      const Range range = tile_range(tile, kTile, vocab_);
+      for (int32_t i = range.begin; i < range.end; ++i) {
+        kept[count] = to_float(logits_[i]);
+        count += kept[count] >= bound;
+      }
+    }
+    if (count < k) return kLowest;  // the others are NaN
+    std::nth_element(kept.get(), kept.get() + k - 1, kept.get() + count, std::greater<float>());
+    return std::max(kept[k - 1], kLowest);
   }
 
   float top_p_weight(float top_p, double total, Weights& weights) const {
     if (!(top_p < 1.0f)) return 0.0f;
-    Scratch<uint32_t> keys = scratch<uint32_t>(vocab_ + kLanes);
-    int32_t count = 0;
-    for (int32_t i = 0; i < vocab_; ++i) {
-      std::memcpy(&keys[count], weights.data() + i, sizeof(uint32_t));  // positive floats sort as their bits
-      count += weights[i] > 0.0f;
-    }
-    const uint32_t bits = taken_from(keys.get(), count, top_p * total, value_of);
-    float weight;
-    std::memcpy(&weight, &bits, sizeof weight);
-    return weight;
+    // All weights up to the least one together are not what top-p leaves out: half of that for rounding.
+    const double least = 0.5 * (1.0 - top_p) * total / vocab_;
+    return taken_from(weights.data(), tiles_ * kTile, top_p * total, static_cast<float>(least));
   }
 
   const T* const logits_;
   const int32_t vocab_, tiles_;
-  Scratch<float> tile_max_;
-  float most_ = -kInfinity;
+  Scratch<float> maxima_;  // [tiles, kLanes]
+  float most_;
 };
 
 template <class Use>
@@ -274,6 +317,13 @@ auto with_row(const LogitRows& rows, int64_t b, int32_t node, int32_t vocab, con
     case DType::kFloat16: return use(Row<f16>(static_cast<const f16*>(rows.data) + offset, vocab));
     default: return use(Row<bf16>(static_cast<const bf16*>(rows.data) + offset, vocab));
   }
+}
+
+// What scale * target has more than the draft.
+auto excess_over(const float* draft, double scale) {
+  return [draft, factor = static_cast<float>(scale)](f32v weight, int64_t i) {
+    return max(weight * factor - load(draft + i), f32v{});
+  };
 }
 
 class Rows {
@@ -306,12 +356,8 @@ class Rows {
   float take(int32_t token) { return target_.take(token); }
   float take_draft(int32_t token) { return draft_.take(token); }
 
-  double excess(double scale) {
-    return target_.measure([&](f32v weight, int64_t i) { return above_draft(weight, i, static_cast<float>(scale)); });
-  }
-  double subtract(double scale) {
-    return target_.update([&](f32v weight, int64_t i) { return above_draft(weight, i, static_cast<float>(scale)); });
-  }
+  double excess(double scale) { return target_.measure(excess_over(draft_.data(), scale)); }
+  double subtract(double scale) { return target_.update(excess_over(draft_.data(), scale)); }
   double surprise(double total) {
     const float inverse = static_cast<float>(1.0 / total);
     return -target_.measure([&](f32v weight, int64_t) {
@@ -320,7 +366,7 @@ class Rows {
     });
   }
   void keep_at_least(float least) {
-    target_.update([&](f32v weight, int64_t) { return weight >= least ? weight : f32v{}; });
+    target_.update([=](f32v weight, int64_t) { return weight >= least ? weight : f32v{}; });
   }
   int32_t sample(double u) { return target_.sample(u); }
 
@@ -329,10 +375,6 @@ class Rows {
   bool writes() const { return true; }
 
  private:
-  f32v above_draft(f32v weight, int64_t i, float scale) {
-    return max(weight * scale - load(draft_.data() + i), f32v{});
-  }
-
   const VerifyDraftParams& p;
   const int64_t b_;
   Filters filters_;

@@ -58,7 +58,7 @@ class Walk {
   }
 
  private:
-  enum Purpose : uint32_t { kAccept, kToken };
+  enum Purpose : uint32_t { kAccept, kToken, kBlock };
 
   VTK_WALK int64_t* tokens() const { return p.tokens + b_ * (p.depth + 1); }
   VTK_WALK int64_t* accepted() const { return p.accepted + b_ * (p.depth + 1); }
@@ -168,7 +168,8 @@ class Walk {
     int32_t node = 0, level = 0, kept = 0, kept_node = 0;
     double ratio = 1.0, kept_ratio = 1.0;
     auto test = [&](double chance) {
-      if (level == 0 || !(uniform(level, 0, kAccept) < chance)) return;
+      // NOTE: numbers of the call, not of a place: the next call comes past the places that this one rejects.
+      if (level == 0 || !(uniform(0, static_cast<uint32_t>(level), kBlock) < chance)) return;
       kept = level, kept_node = node, kept_ratio = ratio;
     };
     while (ratio > 0.0) {

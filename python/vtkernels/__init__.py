@@ -10,7 +10,7 @@ from vtkernels.kv import kv_bytes_per_token
 from vtkernels.ops.attention import block_sparse_attention, block_sparse_attention_backward
 from vtkernels.ops.cluster import cluster_dpc_knn, cluster_kmedoids, temporal_segments
 from vtkernels.ops.drafting import compact_accepted, sample_stats
-from vtkernels.ops.kv import kv_pack, kv_unpack, packed_attention
+from vtkernels.ops.kv import kv_compact, kv_pack, kv_unpack, packed_attention
 from vtkernels.ops.merge import bipartite_match, bipartite_merge, merge_apply, nearest_match, unmerge
 from vtkernels.ops.merge_forms import bipartite_match_varlen, bipartite_merge_varlen, merge_apply_tensors
 from vtkernels.ops.rule import rule_attention
@@ -39,6 +39,7 @@ __all__ = [
     "compact_accepted",
     "energy_scores",
     "kv_bytes_per_token",
+    "kv_compact",
     "kv_pack",
     "kv_unpack",
     "merge_apply",

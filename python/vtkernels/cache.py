@@ -30,6 +30,9 @@ class PackedKVLayer(DynamicLayer):
         window: how many of the latest tokens stay in no page.
         unpack: whether attention gets unpacked keys and values.
         after_prompt: called with what the first call attended with, before its tokens are packed.
+        stores: called with the values ``[B, Hk, 1, D]`` of a later call of one token, which attends to itself in any
+            case: bool ``[B]``, for which batch items it is stored; None: for all.
+        pages_of: makes a layer's first pages: pages of another kind pack and unpack in their own way.
     """
 
     keys: Any  # None before the first update
@@ -43,6 +46,8 @@ class PackedKVLayer(DynamicLayer):
         window: int = 0,
         unpack: bool = False,
         after_prompt: Callable[[Pass], None] | None = None,
+        stores: Callable[[Tensor], Tensor | None] | None = None,
+        pages_of: Callable[..., Pages] = Pages.of,
     ):
         super().__init__()
         self.format = format
@@ -50,6 +55,8 @@ class PackedKVLayer(DynamicLayer):
         self.window = window
         self.unpack = unpack
         self.after_prompt = after_prompt
+        self.stores = stores
+        self.pages_of = pages_of
         self.stored: Stored | None = None
         self.record_past = False  # the name by which transformers switches it off
 
@@ -65,11 +72,22 @@ class PackedKVLayer(DynamicLayer):
         """
         first = self.stored is None
         if self.stored is None:
-            appended = Stored(key_states, value_states, key_states.shape[2], self.format, self.protected_format)
+            appended = Stored(
+                key_states,
+                value_states,
+                key_states.shape[2],
+                self.format,
+                self.protected_format,
+                pages_of=self.pages_of,
+            )
         else:
             appended = self.stored.append(key_states, value_states)
         waits = self.record_past or (first and self.after_prompt is not None)
-        packed = appended if waits else appended.pack(self.window)
+        kept = appended
+        if self.stores is not None and not first and key_states.shape[2] == 1:
+            wanted = self.stores(value_states)
+            kept = appended if wanted is None else appended.remember(wanted)
+        packed = kept if waits else kept.pack(self.window)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._keep(packed)
@@ -221,6 +239,9 @@ class PackedKVCache(Cache):
         after_prompt: called with the cache, a layer's index and the :class:`vtkernels.attention.Pass` of its first
             call, before the call's tokens are packed: the place for :meth:`PackedKVLayer.protect` and
             :meth:`PackedKVLayer.evict`. Needs ``"vtk"`` or ``"vtk_sparse"`` in that call too.
+        stores: called with the cache, a layer's index and the values of a later call of one token: bool ``[B]``, which
+            batch items store it; None: all. The sequence grows in any case. Needs ``"vtk"``.
+        pages_of: makes a layer's first pages, as :meth:`vtkernels.kv.pages.Pages.of`; other kinds need ``unpack``.
         unpack: hands attention the unpacked keys and values of the whole cache at every step: slow and large, for
             other implementations than ``"vtk"``.
         offloading: keeps layers on the CPU while others work, as transformers' caches do; needs CUDA.
@@ -250,6 +271,8 @@ class PackedKVCache(Cache):
         protected: _Formats | None = None,
         window: int = 0,
         after_prompt: Callable[[PackedKVCache, int, Pass], None] | None = None,
+        stores: Callable[[PackedKVCache, int, Tensor], Tensor | None] | None = None,
+        pages_of: Callable[..., Pages] = Pages.of,
         unpack: bool = False,
         offloading: bool = False,
     ):
@@ -268,9 +291,12 @@ class PackedKVCache(Cache):
                 raise ValueError(
                     f"PackedKVCache: expected protected pages with group and axes of {ordinary}, got {special}"
                 )
-            hook = None if after_prompt is None else functools.partial(after_prompt, self, index)
-            layers.append(PackedKVLayer(ordinary, protected=special, window=window, unpack=unpack, after_prompt=hook))
+            options: dict[str, Any] = {"protected": special, "window": window, "unpack": unpack, "pages_of": pages_of}
+            for name, called in (("after_prompt", after_prompt), ("stores", stores)):
+                options[name] = None if called is None else functools.partial(called, self, index)
+            layers.append(PackedKVLayer(ordinary, **options))
         super().__init__(layers=layers, offloading=offloading)
+        self.states: Tensor | None = None  # what enters a layer that somebody watches, of the latest call
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens of every layer, or of none where one cannot: ``ValueError``."""

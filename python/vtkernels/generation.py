@@ -16,11 +16,12 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from vtkernels.attention import draft_tree
 from vtkernels.ops.speculative import verify_draft
 from vtkernels.speculative import ChainDraft, Draft, PromptLookup, Proposal, Sampling
 from vtkernels.speculative.ragged import RaggedCache
 from vtkernels.speculative.text import Text
-from vtkernels.speculative.trees import ancestor_matrix, chain
+from vtkernels.speculative.trees import ancestor_matrix, ancestors_of_parents, chain, depths
 
 __all__ = ["SpeculativeOutput", "speculative_generate"]
 
@@ -69,8 +70,8 @@ def speculative_generate(
             or :class:`vtkernels.cache.PackedKVCache`, given as ``past_key_values``. Recipes of :mod:`vtkernels.zoo` may
             be attached.
         draft: a small language model (drafts as :class:`vtkernels.speculative.ChainDraft`), ``"prompt_lookup"``, or any
-            :class:`vtkernels.speculative.Draft`. Trees need attention that takes masks of four dimensions ("sdpa",
-            "eager") and no recipe that prunes between layers; chains need nothing.
+            :class:`vtkernels.speculative.Draft`. Trees need "vtk" attention, or one that takes masks of four dimensions
+            ("sdpa", "eager") and no recipe that prunes between layers; chains need nothing.
         seeds: int64 ``[B]`` for ``do_sample``: a request's tokens depend on its seed, not on its batch. None: drawn
             from torch's generator.
         streamer: as for ``generate``; gets a column when all rows have it.
@@ -147,8 +148,10 @@ class _Run:
         return text.finish()
 
     def _step(self, target: _Target, text: Text, sampling: Sampling | None) -> None:
-        if text.left > 1:
-            proposal = self.draft.propose(text, text.left - 1)
+        # Drawn tokens are what they are in any batch: proposals know nothing of the others' ends.
+        most = text.left - 1 if sampling is None else text.most
+        if most > 0:
+            proposal = self.draft.propose(text, most)
         else:
             proposal = Proposal(text.last(1), chain(len(text.ids), 1, text.ids.device), chain=True)
         tokens, accepted = _verify(target.run(proposal), proposal, text, sampling)
@@ -192,6 +195,7 @@ class _Target:
         self.cache = RaggedCache(cache, None if mask is None else mask.bool(), batch, prompt)
         cache.activate_past_recording()
         self.position = prompt - 1 if positions is None else positions[..., -1:]
+        self.reads_trees = model.config.get_text_config(decoder=True)._attn_implementation == "vtk"
         # Tensors belong to the prompt.
         self.options = {
             name: value
@@ -203,8 +207,12 @@ class _Target:
         """Logits behind every node: ``[B, n, V]``."""
         ids = proposal.tokens.clamp(min=0)
         nodes, device = ids.shape[1], ids.device
+        tree: Any = contextlib.nullcontext()
         if proposal.chain:
             depth, mask = torch.arange(nodes, device=device), self.cache.mask(nodes, device)
+        elif self.reads_trees:
+            depth, mask = depths(proposal.parents), self.cache.mask(nodes, device)
+            tree = draft_tree(ancestors_of_parents(proposal.parents))
         else:
             ancestors = ancestor_matrix(proposal.parents)
             depth, mask = ancestors.sum(-1) - 1, self.cache.tree_mask(ancestors, self.model.dtype)
@@ -213,7 +221,8 @@ class _Target:
         inputs = self.model.prepare_inputs_for_generation(
             ids, next_sequence_length=nodes, past_key_values=self.cache.cache, **options
         )
-        logits = self.model(**inputs, return_dict=True).logits
+        with tree:
+            logits = self.model(**inputs, return_dict=True).logits
         self.cache.tail += nodes
         return logits
 

@@ -27,6 +27,7 @@ KERNELS: dict[str, dict[str, Allowed]] = {
         "query_gradient_kernel": HOT,
         "key_gradients_kernel": HOT,
     },
+    "csrc/kv/kv_compact.cu": {"kv_compact_kernel": HOT},
     "csrc/kv/kv_pack.cu": {"kv_pack_kernel": HOT},
     "csrc/kv/kv_unpack.cu": {"kv_unpack_kernel": HOT},
     "csrc/kv/packed_attention.cu": {"packed_mma_kernel": HOT, "packed_float_kernel": HOT, "packed_merge_kernel": HOT},
@@ -60,4 +61,5 @@ KERNELS: dict[str, dict[str, Allowed]] = {
     "csrc/select/select_diverse.cu": {"select_diverse_kernel": HOT},
     "csrc/speculative/compact_accepted.cu": {"compact_accepted_kernel": HOT},
     "csrc/speculative/sample_stats.cu": {"sample_stats_kernel": HOT},
+    "csrc/speculative/verify_draft.cu": {"verify_draft_kernel": HOT},
 }

@@ -209,10 +209,16 @@ def test_demo_answers_and_draws(tmp_path, arguments):
 
 def test_eval_writes_its_files(tmp_path):
     arguments = ["--methods", "fastervlm", "--keep", "0.25", "--questions", "6", "--rounds", "1", "--device", "cpu"]
-    run = CliRunner().invoke(cli.app, ["eval", *arguments, "--out", str(tmp_path)])
+    run = CliRunner().invoke(cli.app, ["eval", *arguments, "--cache", "int4/int4/64", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     written = json.loads((tmp_path / "eval.json").read_text())
-    assert [row["method"] for row in written["rows"]] == ["all tokens", "fastervlm", "random", "uniform"]
+    assert [row["method"] for row in written["rows"]] == [
+        "all tokens",
+        "int4/int4/64",
+        "fastervlm",
+        "random",
+        "uniform",
+    ]
     assert (tmp_path / "eval.png").stat().st_size > 10_000
 
 

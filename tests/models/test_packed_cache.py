@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -52,9 +53,9 @@ def draw(random, count, *, batch=2, head_dim=16):
 def test_none_generates_what_sdpa_generates(window):
     inputs = prompts([200, 200])
     cache = PackedKVCache(on("vtk").config, NONE, window=window)
-    assert torch.equal(tokens(on("vtk"), inputs, cache, 150), tokens(on("sdpa"), inputs, count=150))
+    assert torch.equal(tokens(on("vtk"), inputs, cache, 100), tokens(on("sdpa"), inputs, count=100))
     assert [layer.pages.tokens for layer in cache.layers] == [256] * 3
-    assert cache.get_seq_length() == 349
+    assert cache.get_seq_length() == 299
 
 
 def test_qwen2_5_vl():
@@ -373,6 +374,22 @@ def test_offloading():
     layer.prefetch()
     layer.stored.map(lambda x: devices.append(x.device.type) or x)
     assert devices == ["meta"] * 16  # keys, values, 2 x (4 and an order), marks, 3 x places
+
+
+def test_generation_with_offloading(monkeypatch):
+    """As transformers runs it on CUDA, whose streams stand still here: which layers move, and the same tokens."""
+    stream, moved = MagicMock(), []
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream)
+    for name in ("offload", "prefetch"):
+        move = getattr(PackedKVLayer, name)
+        monkeypatch.setattr(PackedKVLayer, name, lambda layer, move=move, name=name: moved.append(name) or move(layer))
+    inputs, config = prompts([300, 280]), on("vtk").config
+    expected = tokens(on("vtk"), inputs, PackedKVCache(config, "mix/ternary/32", **CLASSES), 3)
+    moved.clear()
+    cache = PackedKVCache(config, "mix/ternary/32", offloading=True, **CLASSES)
+    cache.prefetch_stream = stream
+    assert torch.equal(tokens(on("vtk"), inputs, cache, 3), expected)
+    assert moved.count("offload") == 3 * 3 and moved.count("prefetch") == 3 * 3 + 3  # and where the prompt is packed
 
 
 def test_what_is_asked_after_the_prompt():

@@ -146,7 +146,7 @@ def test_registry():
         *["tome", "pitome", "tinychart", "auroracap", "simvlg"],
         *["aim", "visiondrop", "vflowopt", "recoverable_compression", "sit"],
         *["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"],
-        *["kivi", "vidkv", "zipvl", "lookm", "packed", "random", "uniform"],
+        *["kivi", "vidkv", "zipvl", "kvquant", "lookm", "video_xl2", "dynamic_llava", "packed", "random", "uniform"],
     ]
     for method in listed.values():
         assert method.title and method.reference and method.status and method.stages
@@ -156,7 +156,7 @@ def test_registry():
     questions = [name for name, method in listed.items() if method.reads_question]
     assert questions == ["mmtok", "recoverable_compression", "vidkv"]
     videos = [name for name, method in listed.items() if method.video]
-    assert videos == ["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner"]
+    assert videos == ["holitom", "bvllm", "centerclip", "stc_cacher", "stc_pruner", "video_xl2"]
     assert listed["mmtok"].options == {"alpha": 0.5, "tau_tv": 0.02, "tau_vv": 0.2, "tokenizer": None}
 
 

@@ -363,6 +363,6 @@ def test_what_cannot_be_combined():
 
 def test_evaluation_leaves_out_budgets_that_cannot_be_met():
     model = tiny.llava(vision_layers=4)  # three layers halve 16 tokens to 2
-    variants = evaluate._variants(model, ["tome"], [0.5, 0.1, 0.05])
+    variants = evaluate._variants(model, ["tome"], [0.5, 0.1, 0.05], [])
     assert [(name, keep) for name, keep, _ in variants if name == "tome"] == [("tome", 0.5), ("tome", 0.1)]
     assert "forward" not in model.__dict__

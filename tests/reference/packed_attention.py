@@ -35,7 +35,7 @@ def attend(query, k, v, bias, visible, scale):
     logits = query @ k.transpose(1, 2) * (query.shape[2] ** -0.5 if scale is None else scale) + bias.to(query.dtype)
     logits = logits.masked_fill(~visible, -math.inf)
     lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp().masked_fill((lse == -math.inf)[..., None], 0)
+    weights = logits.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)
     return weights @ v, lse
 
 

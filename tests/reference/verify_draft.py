@@ -7,6 +7,7 @@ draws it from the numbers that the op draws; ``outcomes`` takes every branch, wh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tests.reference.philox import stream_word
 
-ACCEPT, TOKEN = 0, 1
+ACCEPT, TOKEN, BLOCK = 0, 1, 2
 Choose = Callable[[Sequence[float], int, int, int], int]
 Law = list[float]  # a probability, or a weight, of every token
 
@@ -92,8 +93,19 @@ def processed(
         border = sorted(usable, reverse=True)[top_k - 1]
         p = normalised([w if z >= border else 0.0 for w, z in zip(p, usable, strict=True)])
     if top_p < 1:
-        p = normalised([w if math.fsum(other for other in p if other > w) < top_p else 0.0 for w in p])
-    return normalised([w if w >= min_p * max(p) else 0.0 for w in p])
+        above = mass_above(p)
+        p = normalised([w if above[w] < top_p else 0.0 for w in p])
+    least = min_p * max(p)
+    return normalised([w if w >= least else 0.0 for w in p])
+
+
+def mass_above(p: Law) -> dict[float, float]:
+    """Of each probability: the mass of the larger ones."""
+    count, above, through = Counter(p), {}, 0.0
+    for w in sorted(count, reverse=True):
+        above[w] = through
+        through += w * count[w]
+    return above
 
 
 def argmax(logits: Sequence[float]) -> int:
@@ -219,13 +231,13 @@ def block(request: Request, choose: Choose) -> Result:
         p, q, x = request.law(node), draft_law(node, child), request.tokens[child]
         gain = math.fsum(excess(p, q, ratio))
         h = gain / (gain + 1 - ratio) if gain + 1 - ratio > 0 else 1.0
-        if path and choose([h, 1 - h], len(path), 0, ACCEPT) == 0:
+        if path and choose([h, 1 - h], 0, len(path), BLOCK) == 0:
             kept = len(path)
         ratio = min(ratio * p[x] / q[x], 1.0) if q[x] > 0 else 0.0
         path.append(child)
         ratios.append(ratio)
         node = child
-    if ratio > 0 and path and choose([ratio, 1 - ratio], len(path), 0, ACCEPT) == 0:
+    if ratio > 0 and path and choose([ratio, 1 - ratio], 0, len(path), BLOCK) == 0:
         kept = len(path)
     last = path[kept - 1] if kept else 0
     p, residual = request.law(last), request.law(last)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from tests.reference import block_sparse_attention as reference
+from tests.reference import kv
+from tests.reference import packed_attention as packed_reference
 from tests.simt import emulator
 
 GARBAGE = [-(2**31), 2**31 - 1, -1, 2**24]
@@ -176,13 +178,133 @@ def attention(draw: Draw) -> Case:
     return Case(arguments, spoiled, check)
 
 
-OPS = {"block_sparse_attention": attention}
+# Attention over packed pages.
+
+PAGE = 128
+SCHEMES = ["none", "fp8", "int4", "int2", "ternary", "ternary5", "sign", "mix"]
+
+
+def draw_format(draw: Draw, head_dim: int) -> dict[str, Any]:
+    group = draw.choice([32, 64, 128])
+    axes = ["channel", "token"] if head_dim % (2 * group) == 0 else ["channel"]
+    format = {"k_scheme": draw.choice(SCHEMES), "v_scheme": draw.choice(SCHEMES[:-1]), "group": group}
+    return format | {"k_axis": draw.choice(axes), "v_axis": draw.choice(axes)}
+
+
+def draw_pages(draw: Draw, shape: tuple, dtype: torch.dtype, format: dict[str, Any], order: Tensor) -> list[Tensor]:
+    """Of random tokens, ``shape`` [B, Hk, pages, D]; codes begin at multiples of 16 bytes, as they must."""
+    batch, heads, pages, head_dim = shape
+    k, v = (draw.normal(batch, heads, max(pages, 1) * PAGE, head_dim).to(dtype) for _ in range(2))
+    made = kv.kv_pack(k, v, **format, k_order=order if format["k_scheme"] == "mix" else None)
+    return [x[:, :, :pages] if i % 2 == 0 else draw.laid_out(x[:, :, :pages]) for i, x in enumerate(made)]
+
+
+def draw_ints(draw: Draw, shape: list[int], low: int, high: int, garbage: int | None) -> Tensor:
+    """From low to high, and some of them garbage."""
+    bad = draw.choice([0.2, 0.6])
+    return draw.laid_out(
+        draw.ints(shape, lambda: garbage if garbage is not None and draw.chance(bad) else draw.randint(low, high))
+    )
+
+
+def draw_packed_attention(draw: Draw) -> dict[str, Any]:
+    """The arguments of attention over packed pages: any sizes, most of the time with garbage of one kind."""
+    batch, key_heads, group = draw.choice([1, 1, 2]), draw.choice([1, 2]), draw.choice([1, 2, 5])
+    rows, pages, residual = draw.choice([1, 1, 2, 7, 66]), draw.choice([0, 1, 2]), draw.choice([0, 1, 8, 129])
+    head_dim, dtype = draw.choice([8, 8, 24, 64, 72]), draw.choice(list(FLOATS))
+    order = torch.stack([torch.tensor(draw.sample(range(head_dim), head_dim)) for _ in range(key_heads)])[None].int()
+    drawn: dict[str, Any] = draw_format(draw, head_dim)
+    drawn["query"] = draw.shared(draw.normal(batch, key_heads * group, rows, head_dim).to(dtype))
+    spoil = draw.choice(["nothing", "k_order", "page_counts", "residual_lengths", "block_table"])
+    shape = (batch, key_heads, pages, head_dim)
+    if draw.chance(0.4):  # a pool
+        pool = draw.choice([1, 3])
+        shape = (pool, key_heads, 1, head_dim)
+        bad = draw.choice([2**31 - 1, pool]) if spoil == "block_table" else -(2**31)
+        drawn["block_table"] = draw_ints(draw, [batch, pages], -1, pool - 1, bad)
+    elif draw.chance(0.4):
+        sides = draw_format(draw, head_dim)
+        drawn |= {f"protected_{side}_scheme": sides[f"{side}_scheme"] for side in "kv"}
+        shared = {name: drawn[name] for name in ("group", "k_axis", "v_axis")}
+        own = shared | {side: drawn[f"protected_{side}"] for side in ("k_scheme", "v_scheme")}
+        more = draw.choice([0, 1])
+        drawn["protected"] = draw_pages(draw, (batch, key_heads, more, head_dim), dtype, own, order)
+    names = ("k_codes", "k_meta", "v_codes", "v_meta")
+    format = {name: drawn[name] for name in ("k_scheme", "v_scheme", "group", "k_axis", "v_axis")}
+    packed = draw_pages(draw, shape, dtype, format, order)
+    drawn |= zip(names, (x[:, :, 0] for x in packed) if "block_table" in drawn else packed, strict=True)
+    if "mix" in (drawn["k_scheme"], drawn.get("protected_k_scheme")):
+        faulty = order.masked_fill(torch.rand(order.shape) < 0.3, draw.choice([*GARBAGE, head_dim]))
+        drawn["k_order"] = draw.laid_out(faulty if spoil == "k_order" else order)
+    for name, most in (("page_counts", pages), ("residual_lengths", residual)):
+        if draw.chance(0.5):
+            bad = draw.choice([*GARBAGE, most + 1, most + 1]) if spoil == name else None
+            drawn[name] = draw_ints(draw, [batch], 0, most, bad)
+    if residual:
+        drawn |= {
+            name: draw.laid_out(draw.normal(batch, key_heads, residual, head_dim).to(dtype))
+            for name in ("k_residual", "v_residual")
+        }
+    among = draw.choice(["all", "causal", "ancestors"]) if rows <= residual else "all"
+    drawn["causal"] = among == "causal"
+    if among == "ancestors":
+        bits = torch.tensor([draw.getrandbits(64) - 2**63 for _ in range(rows * 2)]).view(1, rows, 2)
+        drawn["ancestors"] = draw.laid_out(bits[..., : -(-rows // 64)])
+    if draw.chance(0.4):
+        others = drawn["protected"][0].shape[2] if "protected" in drawn else 0
+        odd = [0.0, -math.inf, -1e38, 1e38, torch.finfo(torch.float32).min, math.inf, math.nan]
+        some = odd[: draw.choice([2, 5, 7])]
+        bias = draw.normal(draw.choice([1, batch]), (pages + others) * PAGE + residual)
+        drawn["key_bias"] = draw.laid_out(bias.apply_(lambda x: draw.choice(some) if draw.chance(0.2) else x))
+    return drawn
+
+
+def packed_attention(draw: Draw) -> Case:
+    arguments = draw_packed_attention(draw)
+    cleaned, spoiled = dict(arguments), set()
+    most = {"page_counts": arguments["k_codes"].shape[2], "residual_lengths": 0}
+    if "block_table" in arguments:
+        most["page_counts"] = arguments["block_table"].shape[1]
+    if "k_residual" in arguments:
+        most["residual_lengths"] = arguments["k_residual"].shape[2]
+    for name, limit in most.items():
+        if name in arguments:
+            cleaned[name] = arguments[name].clamp(0, limit)
+            spoiled |= {name} if not torch.equal(cleaned[name], arguments[name]) else set()
+    if "block_table" in arguments:
+        table = arguments["block_table"]
+        cleaned["block_table"] = table.masked_fill(table >= len(arguments["k_codes"]), -1)
+        counts = cleaned.get("page_counts", torch.full((len(table),), table.shape[1]))
+        read = torch.arange(table.shape[1]) < counts[:, None]
+        spoiled |= {"block_table"} if (read & (cleaned["block_table"] != table)).any() else set()
+    lost = "k_order" in arguments and not torch.equal(
+        arguments["k_order"].sort(-1).values,
+        torch.arange(arguments["query"].shape[3]).int().expand_as(arguments["k_order"]),
+    )
+    spoiled |= {"k_order"} if lost else set()
+
+    def check(result):
+        out, lse = (x.double() for x in result)
+        if lost:  # which channels the query gave instead is nobody's business
+            return
+        expected, expected_lse = packed_reference.packed_attention(**cleaned)
+        finite = expected.isfinite().all(-1)
+        assert not out[~finite].isfinite().all(-1).any() and not lse[~finite].isfinite().any()
+        tolerance = FLOATS[arguments["query"].dtype]
+        torch.testing.assert_close(out[finite], expected[finite], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse[finite], expected_lse[finite], rtol=1e-4, atol=1e-4)
+
+    return Case(arguments, spoiled, check)
+
+
+OPS = {"block_sparse_attention": attention, "packed_attention": packed_attention}
 
 
 def misfit(draw: Draw, arguments: dict[str, Any]) -> str:
     """Gives one tensor another dtype or rank; its name."""
     name = draw.choice([name for name, value in arguments.items() if isinstance(value, Tensor)])
     wide = torch.float64 if arguments[name].is_floating_point() else torch.int64
+    wide = torch.int32 if arguments[name].dtype == wide else wide
     arguments[name] = arguments[name].unsqueeze(0) if draw.chance(0.5) else arguments[name].to(wide)
     return name
 

@@ -22,8 +22,8 @@ from vtkernels.attention.rules import Rule
 __all__ = ["BlockLists", "Rule", "dense", "from_block_mask", "from_blocks", "from_bsr", "from_mask", "to_block_mask"]
 
 if importlib.util.find_spec("transformers") is not None:
-    from vtkernels.attention.implementations import register, sparse
+    from vtkernels.attention.implementations import draft_tree, register, sparse
     from vtkernels.attention.recording import Pass, recording
 
-    __all__ += ["Pass", "recording", "register", "sparse"]
+    __all__ += ["Pass", "draft_tree", "recording", "register", "sparse"]
     register()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from vtkernels.attention.lists import BlockLists, dense
 from vtkernels.attention.recording import Pass, is_recorded, record
 from vtkernels.attention.rules import Rule
+from vtkernels.kv.format import KVFormat
 from vtkernels.kv.handed import PackedKeysValues, PromptKeysValues
+from vtkernels.kv.pages import Pages, Stored
 
 # (layer, query [B, H, Q, D], key [B, Hk, N, D]) -> the lists of this call, or a rule; None: all blocks.
 Producer = Callable[[Any, Tensor, Tensor], BlockLists | Rule | None]
 _PRODUCER = "_vtk_lists"
+_ANCESTORS: ContextVar[Tensor | None] = ContextVar("vtk_ancestors", default=None)
 
 
 def register() -> None:
@@ -53,6 +57,22 @@ def sparse(model: Any, producer: Producer) -> Iterator[None]:
     finally:
         for module in modules:
             module.__dict__.pop(_PRODUCER, None)
+
+
+@contextlib.contextmanager
+def draft_tree(ancestors: Tensor) -> Iterator[None]:
+    """Within the block, the queries of causal ``"vtk"`` attention are nodes of a draft tree, and its last keys theirs.
+
+    Masks are those of as many tokens one after the other.
+
+    Args:
+        ancestors: int64 ``[B | 1, Q, ceil(Q / 64)]``, as :func:`vtkernels.packed_attention` takes it.
+    """
+    before = _ANCESTORS.set(ancestors)
+    try:
+        yield
+    finally:
+        _ANCESTORS.reset(before)
 
 
 def dense_attention(
@@ -138,9 +158,16 @@ def _attend(
         _serve(fits, f"a mask as padding_mask makes it, float32 [B, N = {keys}], got {mask.dtype} {list(mask.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     listed = lists is not None
+    ancestors = _ANCESTORS.get() if causal else None
+    if ancestors is not None and not isinstance(key, PackedKeysValues):
+        key = _in_no_page(key, value)
     if isinstance(key, PackedKeysValues):
-        _serve(not listed and not is_recorded(module), "no lists, rules or recording of a call that reads packed keys")
-        out, _ = key.attend(query, key_bias=mask, causal=causal, scale=scaling)
+        _serve(
+            not listed and not is_recorded(module),
+            "no lists, rules or recording of a call that reads packed keys or a draft tree",
+        )
+        options = {"causal": causal} if ancestors is None else {"ancestors": ancestors}
+        out, _ = key.attend(query, key_bias=mask, scale=scaling, **options)
         return out.transpose(1, 2).contiguous()
     if lists is None:
         lists = _all_blocks(rows, keys, causal, query.device)
@@ -151,6 +178,12 @@ def _attend(
     if prompt is not None:
         prompt.attended(done)
     return out.transpose(1, 2).contiguous()
+
+
+def _in_no_page(keys: Tensor, values: Tensor) -> PackedKeysValues:
+    """Keys and values ``[B, Hk, N, D]`` as ``packed_attention`` reads them."""
+    raw = KVFormat("none", "none")
+    return PackedKeysValues(Stored(keys, values, keys.shape[2], raw, pages=Pages.of(keys, values, raw, None)))
 
 
 def _padding_left(mask: Tensor) -> Tensor:

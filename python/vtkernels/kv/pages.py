@@ -15,7 +15,7 @@ from vtkernels.ops.kv import kv_pack, kv_unpack, packed_attention
 
 _PART = 64  # pages of a key head that are packed at once
 
-# Of a list or a bool for each of the tokens [B, n] that are stored.
+# Which of n tokens: a slice, or int64 [B, m].
 _Slots = Tensor | slice
 
 
@@ -96,6 +96,7 @@ class Stored:
         places: int32 ``[B, n]`` for pages, protected pages and tokens in no page: where in the sequence each stored
             token came, -1 for none. None: all are stored as they came.
         holes: whether ``places`` has a -1.
+        pages_of: makes the first pages of a class, as :meth:`Pages.of`.
         settled: how many of the first tokens of the sequence cannot be removed, since others are merged into them.
     """
 
@@ -110,6 +111,7 @@ class Stored:
     places: tuple[Tensor, Tensor, Tensor] | None = None
     holes: bool = False
     settled: int = 0
+    pages_of: Callable[..., Pages] = Pages.of
 
     def append(self, keys: Tensor, values: Tensor) -> Stored:
         """With these tokens ``[B, Hk, T, D]`` in no page."""
@@ -154,18 +156,58 @@ class Stored:
             self,
             keys=keys,
             values=values,
-            pages=Pages.of(keys, values, self.format, channel_order(keys) if self._mixes else None),
+            pages=self.pages_of(keys, values, self.format, channel_order(keys) if self._mixes else None),
             places=(nothing, nothing, places.int()),
             holes=bool((places < 0).any()),
             settled=self.tokens,
         )
+
+    def remember(self, wanted: Tensor) -> Stored:
+        """With the last token, which is in no page, of the batch items that are True in bool ``[B]`` alone; the
+        sequence stays as long as it is. Items fill the places of tokens in no page from the front; holes are behind.
+        """
+        if self.places is None and bool(wanted.all()):
+            return self
+        gone = self.residual_places() < 0
+        gone[:, -1] |= ~wanted
+        longest = int((~gone).sum(1).max())
+        slots = gone.int().argsort(dim=1, stable=True)[:, :longest]
+        gone = gone.gather(1, slots)
+        places = self.residual_places().gather(1, slots).masked_fill(gone, -1)
+        pages = self.pages
+        if pages is None:
+            pages = self.pages_of(
+                self.keys, self.values, self.format, channel_order(self.keys) if self._mixes else None
+            )
+        return replace(
+            self,
+            keys=_take(self.keys, slots),
+            values=_take(self.values, slots),
+            pages=pages,
+            marks=None if self.marks is None else _take(self.marks, slots),
+            places=(*self._packed_places(), places),
+            holes=bool(gone.any()) or self.holes,
+            settled=self.tokens,
+        )
+
+    def residual_places(self) -> Tensor:
+        """int32 [B, R]: where in the sequence each token in no page came, -1 for none."""
+        if self.places is not None:
+            return self.places[2]
+        residual = self.keys.shape[2]
+        return _count(self.tokens - residual, residual, self.keys)
+
+    def _packed_places(self) -> tuple[Tensor, Tensor]:
+        if self.places is not None:
+            return self.places[:2]
+        return _count(0, self.tokens - self.keys.shape[2], self.keys), _count(0, 0, self.keys)
 
     def pack(self, window: int) -> Stored:
         """With every full page of the tokens in no page packed, but for the latest ``window`` of them.
 
         Batch items share their number of pages: as many as the tokens of each class fill in every item.
         """
-        old = max(self.keys.shape[2] - window, 0)
+        old = max(self.keys.shape[2] - max(window, self._holes_behind), 0)
         if self.marks is None:
             count, special = old // PAGE_TOKENS * PAGE_TOKENS, 0
             slots: tuple[_Slots, _Slots, _Slots] = slice(count), slice(0), slice(count, None)
@@ -176,13 +218,13 @@ class Stored:
             return self
         parts = [(_take(self.keys, where), _take(self.values, where)) for where in slots]
         order = channel_order(self.keys) if self._mixes and self.pages is None else None
-        pages = Pages.of(self.keys, self.values, self.format, order) if self.pages is None else self.pages
+        pages = self.pages_of(self.keys, self.values, self.format, order) if self.pages is None else self.pages
         protected = self.protected
         if special:
             assert self.protected_format is not None
             if protected is None:
                 order = pages.k_order if pages.k_order is not None else order
-                protected = Pages.of(self.keys, self.values, self.protected_format, order)
+                protected = self.pages_of(self.keys, self.values, self.protected_format, order)
             protected = protected.append(*parts[1])
         return replace(
             self,
@@ -286,6 +328,13 @@ class Stored:
 
         self.map(count)
         return total
+
+    @property
+    def _holes_behind(self) -> int:
+        """The most holes behind the tokens in no page of a batch item."""
+        if not self.holes:
+            return 0
+        return int((self.residual_places() < 0).flip(1).int().cumprod(1).sum(1).max())
 
     @property
     def _mixes(self) -> bool:

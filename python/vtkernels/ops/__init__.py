@@ -19,6 +19,7 @@ PUBLIC = {
     "rule_attention": rule.rule_attention,
     "kv_pack": kv.kv_pack,
     "kv_unpack": kv.kv_unpack,
+    "kv_compact": kv.kv_compact,
     "packed_attention": kv.packed_attention,
     "compact_accepted": drafting.compact_accepted,
     "sample_stats": drafting.sample_stats,

@@ -144,6 +144,37 @@ def kv_unpack(
     )
 
 
+def kv_compact(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gathers cache entries in no page: the keys and values of chosen tokens, in one launch.
+
+    ``k'[b, h, i] = k[b, h, indices[b, h, i]]``, bitwise, and so for ``v``; an index may come more than once. Entries
+    that are to be merged, not only chosen, are :func:`vtkernels.merge_apply`'s: heads are its batch items. Of packed
+    entries only whole pages can be chosen, since the tokens of a page share their scales: index the pages' tensors.
+
+    Args:
+        k: float32, float16 or bfloat16 ``[B, Hk, N, D]``; any batch, head and token strides, contiguous last dimension.
+        v: as ``k``.
+        indices: int64 ``[B, K]``, the same tokens of all heads, or ``[B, Hk, K]``; in any order.
+
+    Returns:
+        Keys and values ``[B, Hk, K, D]``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit, naming the argument. On the CPU also an index outside
+            ``[0, N)``; on CUDA, where a report needs a synchronisation, it counts as the nearest token.
+        NotImplementedError: in backward.
+
+    Example:
+        >>> k = torch.arange(4.0).view(1, 1, 4, 1)
+        >>> kept, values = kv_compact(k, -k, torch.tensor([[0, 3]]))
+        >>> kept.flatten().tolist(), values.flatten().tolist()
+        ([0.0, 3.0], [-0.0, -3.0])
+
+    What LOOK-M (arXiv 2406.18139) and Dynamic-LLaVA (arXiv 2412.00876) keep of a cache.
+    """
+    return torch.ops.vtk.kv_compact.default(k, v, indices)
+
+
 def packed_attention(
     query: Tensor,
     k_codes: Tensor,
@@ -272,6 +303,12 @@ def _(k_codes, k_meta, v_codes, v_meta, *, head_dim, dtype, **_options):
     return k_codes.new_empty(shape, dtype=dtype), k_codes.new_empty(shape, dtype=dtype)
 
 
+@torch.library.register_fake("vtk::kv_compact")
+def _(k, v, indices):
+    shape = (*k.shape[:2], indices.shape[-1], k.shape[3])
+    return k.new_empty(shape), v.new_empty(shape)
+
+
 @torch.library.register_fake("vtk::packed_attention")
 def _(query, *_pages, **_options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -287,6 +324,13 @@ def _kv_unpack_autograd(k_codes, k_meta, v_codes, v_meta, **options):
         return torch.ops.vtk.kv_unpack.default(k_codes, k_meta, v_codes, v_meta, **options)
 
     return without_backward("vtk::kv_unpack: there is no backward pass", call, k_meta, v_meta)
+
+
+def _kv_compact_autograd(k, v, indices):
+    def call(k, v):
+        return torch.ops.vtk.kv_compact.default(k, v, indices)
+
+    return without_backward("vtk::kv_compact: there is no backward pass", call, k, v)
 
 
 def _packed_attention_autograd(query, k_codes, k_meta, v_codes, v_meta, **options):
@@ -307,4 +351,5 @@ def _packed_attention_autograd(query, k_codes, k_meta, v_codes, v_meta, **option
 _library = torch.library.Library("vtk", "FRAGMENT")
 _library.impl("kv_pack", _kv_pack_autograd, "Autograd")
 _library.impl("kv_unpack", _kv_unpack_autograd, "Autograd")
+_library.impl("kv_compact", _kv_compact_autograd, "Autograd")
 _library.impl("packed_attention", _packed_attention_autograd, "Autograd")

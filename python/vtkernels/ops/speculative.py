@@ -52,8 +52,9 @@ def verify_draft(
       neighbours' mass (of the distribution at temperature 1; each child for itself), and the token after the path is
       the argmax.
 
-    Random numbers are Philox4x32 of (seed, position + depth, rank among siblings): a request gets the same tokens in
-    any batch, padded or not, whatever the numbers of its nodes. Only rows that the walk reaches are read.
+    Random numbers are Philox4x32 of (seed, position + depth, rank among siblings), in mode ``"block"`` of (seed,
+    position, depth): a request gets the same tokens in any batch, padded or not, whatever the numbers of its nodes, and
+    calls with one seed at other positions draw other numbers. Only rows that the walk reaches are read.
 
     Args:
         target_logits: float32, float16 or bfloat16 ``[B, n, V]``: row ``i`` predicts the token after node ``i``; node

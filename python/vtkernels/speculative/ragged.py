@@ -60,6 +60,13 @@ class RaggedCache:
         seen = self._seen(device)
         return None if seen is None else torch.nn.functional.pad(seen, (0, self.tail + new), value=True).long()
 
+    def chain_mask(self, new: int, dtype: torch.dtype, device: Any) -> Tensor | None:
+        """The same in the form of :meth:`tree_mask`; None for one token that sees everything."""
+        if new == 1 and self._seen(device) is None:
+            return None
+        sees = torch.ones(new, self.tail + new, dtype=torch.bool, device=device).tril(self.tail)
+        return self.tree_mask(sees.expand(len(self.counts), -1, -1), dtype)
+
     def tree_mask(self, ancestors: Tensor, dtype: torch.dtype) -> Tensor:
         """The mask of a pass of tree nodes: ``[B, 1, new, places]``, 0 or the lowest number of the dtype.
 

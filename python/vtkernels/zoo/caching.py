@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -44,9 +45,38 @@ class CacheContext:
 
         Returns:
             bool ``[B', T']``.
+
+        Raises:
+            ValueError: a prefill in chunks.
         """
         marks = marks.to(keys.device).repeat_interleave(len(keys) // len(marks), dim=0)
         source = self.survivors(cache, layer)
         if source is not None:
             marks = marks.gather(1, source.clamp(min=0)) & (source >= 0)
+        if marks.shape[1] > keys.shape[2]:
+            raise ValueError(
+                f"vtkernels.zoo: expected a prompt's {marks.shape[1]} tokens in one call, got {keys.shape[2]}; methods "
+                "of the cache do not take a prefill in chunks"
+            )
         return pad(marks, (0, keys.shape[2] - marks.shape[1]))
+
+
+def store_rows(layer: Any, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Lets a layer of a :class:`vtkernels.cache.PackedKVCache` keep these tokens alone, prompts of any length.
+
+    Args:
+        rows: of each batch item its keys and values ``[Hk, K, D]`` and their places int64 ``[K]``, as
+            :meth:`vtkernels.cache.PackedKVLayer.evict` takes them.
+    """
+    longest = max(len(places) for _, _, places in rows)
+    keys, values = (
+        torch.stack([pad(row[side], (0, 0, longest - row[side].shape[1], 0)) for row in rows]) for side in (0, 1)
+    )
+    layer.evict(keys, values, torch.stack([pad(places, (longest - len(places), 0), value=-1) for _, _, places in rows]))
+
+
+def note_states(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a decoder layer: what enters it, ``[B, T, C]``, for the cache of the call."""
+    cache: Any = kwargs.get("past_key_values")
+    if hasattr(cache, "states"):
+        cache.states = args[0].detach()

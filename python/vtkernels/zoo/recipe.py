@@ -209,6 +209,10 @@ class Recipe:
         """The language model's layers before which ``between_layers`` is called, each in [1, num_layers - 1]."""
         return ()
 
+    def watched_layer(self, num_layers: int) -> int | None:
+        """The language model's layer whose incoming hidden states a cache reads, as ``states`` of a PackedKVCache."""
+        return None
+
     def budget(self, encoder: Encoder, keep: int | None) -> int | None:
         """Tokens an image, or None for all, when ``keep`` was asked for: a recipe's options may say it as well."""
         return keep

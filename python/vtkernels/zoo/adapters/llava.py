@@ -22,6 +22,7 @@ from vtkernels.zoo.adapters.base import Adapter, Encoding, LastRun
 from vtkernels.zoo.adapters.decoder import DecoderStage
 from vtkernels.zoo.adapters.reuse import install_reuser
 from vtkernels.zoo.adapters.transformers_vit import TransformersLayer, encoder_layers, tower_facts
+from vtkernels.zoo.caching import note_states
 from vtkernels.zoo.merging import LayerMerging
 from vtkernels.zoo.recipe import Encoder, Stage, videos_of
 
@@ -86,6 +87,12 @@ class LlavaAdapter(Adapter):
         claim = self.claims.get("between_layers")
         if claim is not None and claim.keep is not None:
             DecoderStage(claim, base.language_model, self.image_token_id, self._in_work, self)
+
+        claim = self.claims.get("cache")
+        layers = base.language_model.layers
+        watched = None if claim is None else claim.recipe.watched_layer(len(layers))
+        if watched is not None:
+            self.hook(layers[watched].register_forward_pre_hook(note_states, with_kwargs=True))
 
     def _in_work(self) -> LastRun | None:
         """The batch that the model's own method runs on for us."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtkernels import attention_scores, merge_apply, nearest_match
 from vtkernels.kv import KVFormat
-from vtkernels.zoo.caching import CacheContext
+from vtkernels.zoo.caching import CacheContext, store_rows
 from vtkernels.zoo.recipe import Recipe
 
 _REDUCE = {"averaged": "mean", "pivotal": "pivot", "weighted": "similarity_weighted"}
@@ -83,23 +83,15 @@ class LookM(Recipe):
             key_mask=real,
         )
         scores = scores.unflatten(1, (attended.key.shape[1], -1)).sum(2)
-        kept, places = [], []
+        rows = []
         for row, is_real in enumerate(real):
             (prompt,) = is_real.nonzero(as_tuple=True)
             key, value = (x[row : row + 1, :, prompt] for x in (layer.keys, layer.values))
             stays = self.staying(scores[row][:, prompt], visual[row, prompt])
             if stays.shape[1] < len(prompt):
                 key, value = merge_evicted(key, value, stays[None], self.mode, selective=self.selective)
-            kept.append((key, value))
-            places.append(prompt[len(prompt) - stays.shape[1] :])
-        longest = max(map(len, places))
-
-        def together(rows: Any) -> Tensor:
-            return torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[2], 0)) for x in rows])
-
-        keys, values = map(together, zip(*kept, strict=True))
-        rows = [torch.nn.functional.pad(place, (longest - len(place), 0), value=-1) for place in places]
-        layer.evict(keys, values, torch.stack(rows))
+            rows.append((key[0], value[0], prompt[len(prompt) - stays.shape[1] :]))
+        store_rows(layer, rows)
 
     def staying(self, scores: Tensor, visual: Tensor) -> Tensor:
         """int64 [Hk, K], ascending, which of a prompt's tokens stay, by scores [Hk, S] and ``visual`` bool [S]."""
